@@ -1,0 +1,62 @@
+"""What a model family tells the frontend and the scheduler, without torch.
+
+A family is one module in this folder that builds a `Family`, and one line in `configs/families/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safelight.configs.profile import JobProfile
+from safelight.configs.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One published checkpoint: its hub id and the defaults that its authors recommend."""
+
+    name: str
+    hub_id: str
+    task: str  # "text-to-video", "text-to-image"
+    defaults: SamplingParams
+    parameters: str  # for people: "1.3B"
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model directory, identified: which family, which variant, and the numbers of its component configs."""
+
+    family: str
+    variant: str
+    root: Path
+    task: str
+    defaults: SamplingParams
+    transformer: Mapping[str, Any] = field(default_factory=dict)  # transformer/config.json
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    text_encoder: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # scheduler/scheduler_config.json
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`pipeline` and `tokenizer` are dotted "module:attribute" names, resolved by the worker and by the frontend.
+
+    identify(index, root) -> ModelSpec: from model_index.json and the component configs (raises ModelError).
+    resolve(spec, params) -> SamplingParams: fills every unset field from the variant's defaults.
+    validate(spec, params): raises InvalidRequest naming the parameter and the nearest valid values; never changes it.
+    profile(spec, params) -> JobProfile.
+    """
+
+    name: str
+    pipeline_classes: tuple[str, ...]  # `_class_name` values in model_index.json that this family runs natively
+    pipeline: str
+    tokenizer: str
+    variants: tuple[Variant, ...]
+    samplers: tuple[str, ...]
+    identify: Callable[[Mapping[str, Any], Path], ModelSpec]
+    validate: Callable[[ModelSpec, SamplingParams], None]
+    profile: Callable[[ModelSpec, SamplingParams], JobProfile]

@@ -1,0 +1,69 @@
+"""The one mesh of a worker group: which ranks form the cfg, ring and ulysses groups.
+
+Built once in the worker's main and handed down; nothing here is global. Ulysses is innermost, so that its all-to-all
+stays on the fastest links (rank = (cfg * ring_degree + ring) * ulysses_degree + ulysses).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch.distributed as dist
+
+
+class Axis(Enum):
+    CFG = "cfg"
+    RING = "ring"
+    ULYSSES = "ulysses"
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelMesh:
+    """Degrees, this rank's coordinates, and one process group per axis (None where the degree is 1)."""
+
+    rank: int
+    world_size: int
+    degrees: dict[Axis, int]
+    groups: dict[Axis, dist.ProcessGroup | None]
+    world: dist.ProcessGroup | None
+
+    @staticmethod
+    def single() -> ParallelMesh:
+        """The mesh of one rank: no process groups."""
+        return ParallelMesh(0, 1, dict.fromkeys(Axis, 1), dict.fromkeys(Axis, None), None)
+
+    def degree(self, axis: Axis) -> int:
+        return self.degrees[axis]
+
+    def coordinate(self, axis: Axis) -> int:
+        """This rank's place along an axis."""
+        u, r = self.degrees[Axis.ULYSSES], self.degrees[Axis.RING]
+        return {Axis.ULYSSES: self.rank % u, Axis.RING: self.rank // u % r, Axis.CFG: self.rank // (u * r)}[axis]
+
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        return self.groups[axis]
+
+
+def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int) -> ParallelMesh:
+    """Collective over all ranks of the worker group: makes the sub-groups of each axis.
+
+    Raises ValueError when the degrees do not multiply to the world size.
+    """
+    size, rank = dist.get_world_size(world), dist.get_rank(world)
+    if cfg * ring * ulysses != size:
+        raise ValueError(f"cfg {cfg} x ring {ring} x ulysses {ulysses} is not the group's size {size}")
+    degrees = {Axis.CFG: cfg, Axis.RING: ring, Axis.ULYSSES: ulysses}
+    strides = {Axis.ULYSSES: 1, Axis.RING: ulysses, Axis.CFG: ulysses * ring}
+    groups: dict[Axis, dist.ProcessGroup | None] = dict.fromkeys(Axis, None)
+    for axis, degree in degrees.items():
+        if degree == 1:
+            continue
+        stride = strides[axis]
+        starts = [r for r in range(size) if r // stride % degree == 0]
+        for start in starts:
+            members = [start + i * stride for i in range(degree)]
+            group = dist.new_group(members)
+            if rank in members:
+                groups[axis] = group
+    return ParallelMesh(rank, size, degrees, groups, world)
