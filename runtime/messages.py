@@ -721,5 +721,6 @@ class WorkerSpec(Part):
     checkpoint_dir: str
     slots: SlotPool
     num_threads: int
+    ranks_on_host: int  # they share its memory
     log_level: str
     compile: bool = False

@@ -1,0 +1,91 @@
+"""The second thread of a rank: waits for a plan's device work, hands its frames over, acknowledges it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+
+from safelight.runtime import slots
+from safelight.runtime.messages import ChunkReady, PlanDone, WorkerSpec
+from safelight.runtime.worker.executor import Launched, PendingChunk, result_of
+from safelight.runtime.worker.link import Link
+from safelight.runtime.worker.memory import peak_bytes
+
+
+class Completer:
+    """Plans are completed in the order in which they were launched. `fatal` is called when a device wait fails."""
+
+    def __init__(
+        self, spec: WorkerSpec, link: Link, device: torch.device, weights: int, fatal: Callable[[Exception], None]
+    ) -> None:
+        self._spec = spec
+        self._link = link
+        self._device = device
+        self._weights_bytes = weights
+        self._fatal = fatal
+        self._launched: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="completer", daemon=True)
+        self._thread.start()
+
+    def submit(self, launched: Launched) -> None:
+        self._launched.put(launched)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Completes what was launched."""
+        self._launched.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (launched := self._launched.get()) is not None:
+            try:
+                self._complete(launched)
+            except (RuntimeError, OSError, ValueError) as error:
+                self._fatal(error)
+                return
+
+    def _complete(self, launched: Launched) -> None:
+        for op in launched.ops:
+            if op.span:
+                op.span[1].synchronize()
+            if op.chunk:
+                self._hand_over(op.chunk)
+        plan = launched.plan
+        self._link.last_done = plan.number
+        self._link.send(
+            PlanDone(
+                scheduler_epoch=plan.scheduler_epoch,
+                group=plan.group,
+                rank=self._spec.rank,
+                group_epoch=plan.group_epoch,
+                number=plan.number,
+                results=tuple(result_of(op) for op in launched.ops),
+                peak_bytes=peak_bytes(self._device, self._weights_bytes),
+            )
+        )
+
+    def _hand_over(self, chunk: PendingChunk) -> None:
+        if chunk.copied:
+            chunk.copied.synchronize()
+        op, frames = chunk.op, chunk.frames.numpy()
+        key = slots.ChunkKey(op.job, op.attempt, op.index, op.take, op.chunk)
+        crc = slots.write_chunk(self._spec.slots, op.slot, key, frames)
+        count, height, width, _channels = frames.shape
+        self._link.send_chunk(
+            ChunkReady(
+                job=op.job,
+                attempt=op.attempt,
+                index=op.index,
+                take=op.take,
+                chunk=op.chunk,
+                last=chunk.last,
+                slot=op.slot,
+                frames=count,
+                height=height,
+                width=width,
+                nbytes=frames.nbytes,
+                crc32=crc,
+            )
+        )

@@ -1,0 +1,170 @@
+"""A rank's process: joins its group, loads the model, executes plans until told to stop or its supervisor is gone."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from safelight.runtime import logs
+from safelight.runtime.errors import ConfigError, SafelightError
+from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
+from safelight.runtime.models.registry import LoadOptions, load_pipeline
+from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh, choose_degrees
+from safelight.runtime.pipelines.protocol import Pipeline
+from safelight.runtime.worker.checkpoint import CheckpointWriter
+from safelight.runtime.worker.completer import Completer
+from safelight.runtime.worker.executor import Executor, error_info
+from safelight.runtime.worker.link import Link
+from safelight.runtime.worker.memory import device_memory
+
+LOADING_LIMIT_S = 1800.0
+COLLECTIVE_TIMEOUT_S = 600.0  # a stuck collective ends earlier, by the scheduler's op deadline
+log = logging.getLogger(__name__)
+
+
+def main(spec_bytes: bytes, status: Connection) -> None:
+    """Runs one rank. `status` carries encoded PhaseReport, Ready and GroupFailed to the supervisor; its other end
+    closing means that the supervisor is gone, and ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    spec = msgspec.msgpack.decode(spec_bytes, type=WorkerSpec)
+    threading.Thread(target=_exit_with_supervisor, args=(status,), name="parent", daemon=True).start()
+    logs.configure(f"worker {spec.group}.{spec.rank}", spec.log_level)
+    torch.set_num_threads(spec.num_threads)
+    executors: list[Executor] = []
+
+    def held() -> tuple[HeldState, ...]:
+        return executors[0].held() if executors else ()
+
+    link = Link(spec, held)
+    link.start()
+
+    def tell(message: PhaseReport | Ready | GroupFailed) -> None:
+        status.send_bytes(msgspec.msgpack.encode(message))
+
+    try:
+        with torch.inference_mode():
+            _serve(spec, link, tell, executors)
+    except Exception as error:  # the process main: whatever it is ends this group, with its reason
+        log.error("rank ends: %s", error, exc_info=not isinstance(error, SafelightError))
+        failed = GroupFailed(spec.group, spec.rank, spec.group_epoch, error_info(error))
+        link.send(failed)
+        tell(failed)
+        link.close()
+        os._exit(1)
+    link.close()
+    os._exit(0)  # no teardown of communicators whose peers may be gone
+
+
+def _serve(
+    spec: WorkerSpec,
+    link: Link,
+    tell: Callable[[PhaseReport | Ready | GroupFailed], None],
+    executors: list[Executor],
+) -> None:
+    phase = PhaseReport(spec.group, spec.rank, spec.group_epoch, "loading", LOADING_LIMIT_S)
+    link.send(phase)
+    tell(phase)
+    device = _device(spec)
+    pipeline = _load(spec, device)
+    weights = pipeline.weights_bytes()
+    checkpoints = CheckpointWriter(Path(spec.checkpoint_dir))
+    failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+
+    def fatal(error: Exception) -> None:
+        failures.put(error)
+        link.plans.put(None)
+
+    completer = Completer(spec, link, device, weights, fatal)
+    executor = Executor(pipeline, spec, checkpoints, link.send)
+    executors.append(executor)
+    ready = _ready(spec, device, weights)
+    link.announce_ready(ready)
+    tell(ready)
+    log.info("ready on %s, %.1f GB of weights", ready.device, weights / 1e9)
+    gc.freeze()  # what is loaded stays; collections look at requests only
+    while (plan := link.plans.get()) is not None:
+        completer.submit(executor.execute(plan))
+    completer.close()
+    checkpoints.close()
+    if not failures.empty():
+        raise failures.get()
+
+
+def _exit_with_supervisor(status: Connection) -> None:
+    try:
+        status.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _device(spec: WorkerSpec) -> torch.device:
+    if spec.device != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu", param="device")
+    if spec.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus needs device {spec.local_rank}, torch sees {torch.cuda.device_count()}", param="num_gpus"
+        )
+    device = torch.device("cuda", spec.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
+    options = LoadOptions(
+        device=device,
+        dit_dtype=_dtype(spec.dit_precision),
+        vae_dtype=_dtype(spec.vae_precision),
+        vae_path=Path(spec.vae_path) if spec.vae_path else None,
+        mesh=_mesh(spec, device),
+        compile=spec.compile,
+    )
+    return load_pipeline(Path(spec.model_path), options)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
+    if spec.world_size == 1:
+        return ParallelMesh.single()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=spec.store,
+        rank=spec.rank,
+        world_size=spec.world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
+    cfg, ring, ulysses = choose_degrees(spec.world_size)
+    world = dist.group.WORLD
+    assert world is not None
+    return build_mesh(world, cfg=cfg, ring=ring, ulysses=ulysses)
+
+
+def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:
+    memory = device_memory(device, spec.ranks_on_host, weights)
+    return Ready(
+        group=spec.group,
+        rank=spec.rank,
+        world_size=spec.world_size,
+        group_epoch=spec.group_epoch,
+        capacity_bytes=memory.capacity,
+        weights_bytes=weights,
+        reserve_bytes=memory.reserve,
+        device=memory.name,
+    )
