@@ -21,7 +21,7 @@ def identify(root: Path) -> ModelSpec:
     """
     path = root / "model_index.json"
     if not root.is_dir():
-        raise ModelError(f"model directory expected at {root}, nothing is there; check --model-path", param="model_path")
+        raise ModelError(f"no model directory at {root}; check --model-path", param="model_path")
     if not path.is_file():
         raise ModelError(
             f"{root} has no model_index.json; --model-path takes a directory in diffusers format", param="model_path"

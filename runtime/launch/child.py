@@ -1,0 +1,67 @@
+"""The start of a torch-free child (scheduler, output): `python -m safelight.runtime.launch.child ROLE`.
+
+stdin carries the length-prefixed spec and then stays open as long as the supervisor lives. A child that cannot start
+writes one encoded ErrorInfo to stdout and exits with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import sys
+import threading
+from typing import IO
+
+import msgspec
+
+from safelight.runtime import logs
+from safelight.runtime.errors import SafelightError
+from safelight.runtime.messages import ErrorInfo, OutputSpec, SchedulerSpec
+
+_LENGTH = struct.Struct(">I")
+
+
+def frame_spec(spec: SchedulerSpec | OutputSpec) -> bytes:
+    """What the supervisor writes to the child's stdin."""
+    data = msgspec.msgpack.encode(spec)
+    return _LENGTH.pack(len(data)) + data
+
+
+def main(role: str) -> None:
+    """Runs the process main of `role` until it returns or the supervisor is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stdin = sys.stdin.buffer
+    spec_bytes = stdin.read(_LENGTH.unpack(stdin.read(_LENGTH.size))[0])
+    status = os.dup(1)
+    os.dup2(2, 1)  # nothing but the status may reach the supervisor's pipe
+    threading.Thread(target=_exit_with_supervisor, args=(stdin,), name="parent", daemon=True).start()
+    try:
+        _run(role, spec_bytes)
+    except SafelightError as error:
+        os.write(status, msgspec.msgpack.encode(ErrorInfo(error.code, error.message, error.param)))
+        raise SystemExit(1) from None
+
+
+def _run(role: str, spec_bytes: bytes) -> None:
+    if role == "scheduler":
+        from safelight.runtime.scheduler import main as scheduler
+
+        spec = msgspec.msgpack.decode(spec_bytes, type=SchedulerSpec)
+        logs.configure(role, spec.log_level)
+        scheduler.main(spec)
+    else:
+        from safelight.runtime.output import main as output
+
+        output_spec = msgspec.msgpack.decode(spec_bytes, type=OutputSpec)
+        logs.configure(role, output_spec.log_level)
+        output.main(output_spec)
+
+
+def _exit_with_supervisor(stdin: IO[bytes]) -> None:
+    stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,65 @@
+"""From server arguments to the specification that each child process gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safelight.configs.server_args import ServerArgs
+from safelight.runtime.launch.devices import usable_cores
+from safelight.runtime.launch.folders import RunFolder
+from safelight.runtime.launch.processes import Group
+from safelight.runtime.messages import OutputSpec, SchedulerSpec, SlotPool, WorkerSpec
+
+
+def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, world_size: int) -> SchedulerSpec:
+    return SchedulerSpec(
+        endpoints=run.endpoints(),
+        journal=str(run.journal),
+        checkpoint_dir=str(run.checkpoints),
+        model_path=str(model),
+        groups=args.replicas,
+        world_size=world_size,
+        slots=pool,
+        policy=args.policy,
+        max_queue=args.max_queue,
+        max_plan_ms=args.max_plan_ms,
+        checkpoint_every=args.checkpoint_every,
+        log_level=args.log_level,
+    )
+
+
+def output_spec(args: ServerArgs, run: RunFolder, pool: SlotPool) -> OutputSpec:
+    return OutputSpec(
+        endpoints=run.endpoints(),
+        artifact_dir=str(run.artifacts),
+        slots=pool,
+        encode_threads=max(1, min(4, usable_cores() // 2)),
+        log_level=args.log_level,
+    )
+
+
+def worker_spec(
+    args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, device: str, group: Group, rank: int
+) -> WorkerSpec:
+    """The spec of one rank; precisions `auto` become fp32 on a CPU, bf16 on CUDA."""
+    world_size = args.num_gpus // args.replicas
+    automatic = "bf16" if device == "cuda" else "fp32"
+    return WorkerSpec(
+        endpoints=run.endpoints(),
+        group=group.number,
+        rank=rank,
+        world_size=world_size,
+        group_epoch=group.epoch,
+        local_rank=group.number * world_size + rank,
+        store=f"file://{run.root / f'store-{group.number}-{group.epoch}'}",
+        model_path=str(model),
+        vae_path=args.vae_path,
+        device=device,
+        dit_precision=automatic if args.dit_precision == "auto" else args.dit_precision,
+        vae_precision=automatic if args.vae_precision == "auto" else args.vae_precision,
+        checkpoint_dir=str(run.checkpoints),
+        slots=pool,
+        num_threads=max(1, usable_cores() // args.num_gpus) if device == "cpu" else 1,
+        ranks_on_host=args.num_gpus,
+        log_level=args.log_level,
+    )

@@ -1,0 +1,361 @@
+"""Starts scheduler, output and worker groups, watches them, starts again what died. Holds no job state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from safelight.configs.families import FAMILIES, identify
+from safelight.configs.server_args import ServerArgs
+from safelight.runtime import slots, transport
+from safelight.runtime.errors import ConfigError, ModelError, StartupError, from_code
+from safelight.runtime.launch import specs
+from safelight.runtime.launch.devices import resolve_device
+from safelight.runtime.launch.folders import RunFolder, create_run_folder
+from safelight.runtime.launch.processes import Child, Group, RankStarter, process_state, start_child
+from safelight.runtime.messages import (
+    ControlHeartbeat,
+    Drain,
+    Drained,
+    Endpoints,
+    ErrorInfo,
+    FromControlled,
+    GroupFailed,
+    GroupGivenUp,
+    GroupStarting,
+    KillGroup,
+    PhaseReport,
+    RankExited,
+    RankSilent,
+    Ready,
+    Shutdown,
+    SlotPool,
+    ToControlled,
+)
+
+SILENCE_S = 5.0  # of scheduler or output, when the kernel says that the process is stopped
+HANG_S = 30.0  # of scheduler or output, whatever the kernel says
+MAX_FAILED_STARTS = 3  # of a group or child in a row, before it is given up
+STABLE_S = 10.0  # a child that lived this long may fail MAX_FAILED_STARTS times again
+_FINAL_ERRORS = (ConfigError.code, ModelError.code)  # trying again cannot help
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """One running server: `with Supervisor(args, model_root, slot_bytes) as server: ...`.
+
+    `start` returns as soon as the processes are started; `wait_ready` until every group can run a job. A thread watches
+    and restarts. `failure` is set when the server cannot go on.
+    """
+
+    def __init__(self, args: ServerArgs, model_root: Path, slot_bytes: int) -> None:
+        self._args = args
+        self._model_root = model_root
+        self._slot_bytes = slot_bytes
+        self._device = resolve_device(args.device, args.num_gpus)
+        pipeline = FAMILIES[identify(model_root).family].pipeline
+        self._starter = RankStarter(["safelight.runtime.worker.main", pipeline.partition(":")[0]])
+        self._groups = [Group(number) for number in range(args.replicas)]
+        self._children: dict[str, Child] = {}
+        self._child_starts: dict[str, list[float]] = {"scheduler": [], "output": []}
+        self._run_folder: RunFolder | None = None
+        self._pool: SlotPool | None = None
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._control: transport.Channel[FromControlled] | None = None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._drain: Drain | None = None
+        self._drained = False
+        self._thread: threading.Thread | None = None
+        self.failure: StartupError | None = None
+
+    # ---- the caller's side
+
+    def start(self) -> Supervisor:
+        """Makes folders and slots and starts all processes. Raises StartupError; then nothing is left behind."""
+        self._starter.warm()
+        self._run_folder = create_run_folder(Path(self._args.state_dir) if self._args.state_dir else None)
+        try:
+            folder = self._run_folder.shared
+            self._pool = slots.create_pool(folder, self._args.frame_slots, self._slot_bytes)
+            self._control = transport.bind_router(self._context, self.endpoints.control, FromControlled)
+            for role in ("scheduler", "output"):
+                self._start_child(role)
+            for group in self._groups:
+                self._start_group(group)
+        except BaseException:
+            self._teardown()
+            raise
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+        return self
+
+    @property
+    def endpoints(self) -> Endpoints:
+        assert self._run_folder is not None, "started"
+        return self._run_folder.endpoints()
+
+    def wait_ready(self, timeout: float, on_phase: Callable[[str], None] | None = None) -> None:
+        """Returns when all groups are ready. Raises StartupError: given up, or not ready after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        told = ""
+        while True:
+            with self._changed:
+                phases = {group.phase for group in self._groups}
+                if self.failure:
+                    raise self.failure
+                if all(group.ready for group in self._groups):
+                    return
+                phase = ", ".join(sorted(phases))
+                if phase == told:
+                    self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic())))
+            if phase != told and on_phase:
+                on_phase(phase)
+            told = phase
+            if time.monotonic() > deadline:
+                raise StartupError(f"not ready after {timeout:.0f} s, still {told}; raise --startup-timeout-s")
+
+    def pids(self) -> dict[str, int]:
+        """Process ids by role ("scheduler", "output", "worker 0.0", ...), for people and for tests."""
+        with self._changed:
+            found = {role: child.process.pid for role, child in self._children.items()}
+            for group in self._groups:
+                found |= {f"worker {group.number}.{i}": rank.pid for i, rank in enumerate(group.ranks)}
+            return found
+
+    def drain(self, grace_s: float) -> bool:
+        """Accepts nothing new and waits until nothing runs; False when work was left after the grace."""
+        with self._changed:
+            self._drain = Drain(grace_s)
+            os.eventfd_write(self._wake, 1)
+            self._changed.wait_for(lambda: self._drained or self.failure is not None, grace_s + 2)
+            return self._drained
+
+    def stop(self) -> None:
+        """Ends all processes and removes the run's folders. Idempotent."""
+        if self._thread is not None:
+            self._stopping = True
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+            self._thread = None
+        self._teardown()
+
+    def __enter__(self) -> Supervisor:
+        return self if self._thread else self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # ---- the watching thread
+
+    def _watch(self) -> None:
+        while not self._stopping and self.failure is None:
+            ready = self._poll()
+            with self._changed:
+                now = time.monotonic()
+                for child in list(self._children.values()):
+                    if child.fd in ready:
+                        self._child_ended(child)
+                for group in self._groups:
+                    self._watch_group(group, ready)
+                assert self._control is not None
+                for received in self._control.receive_all():
+                    self._handle(received.identity, received.message, now)
+                self._watch_silence(now)
+                if self._drain:
+                    self._tell("scheduler", self._drain)
+                    self._drain = None
+                self._changed.notify_all()
+
+    def _poll(self) -> set[int]:
+        assert self._control is not None
+        poller = zmq.Poller()
+        poller.register(self._control.socket, zmq.POLLIN)
+        descriptors = [self._wake, *(child.fd for child in self._children.values())]
+        for group in self._groups:
+            for rank in group.ranks:
+                descriptors += [rank.process.sentinel, rank.status.fileno()]
+        for descriptor in descriptors:
+            poller.register(descriptor, zmq.POLLIN)
+        found = {key for key, _events in poller.poll(500) if isinstance(key, int)}
+        if self._wake in found:
+            os.eventfd_read(self._wake)
+        return found
+
+    def _handle(self, identity: bytes, message: FromControlled, now: float) -> None:
+        match message:
+            case ControlHeartbeat(role, instance, _pid):
+                child = self._children.get(role)
+                if child is None:
+                    return
+                child.last_seen, child.identity = now, identity
+                if child.instance != instance:
+                    child.instance = instance
+                    log.info("%s is up", role)
+                    if role == "scheduler":
+                        self._introduce_groups()
+            case RankSilent(number, rank, epoch, seconds):
+                group = self._groups[number]
+                if group.epoch == epoch and rank < len(group.ranks):
+                    state = process_state(group.ranks[rank].pid)
+                    if state in "TtZX":
+                        self._restart_group(group, f"rank {rank} silent for {seconds:.0f} s, process state {state}")
+            case KillGroup(number, epoch, reason):
+                if self._groups[number].epoch == epoch and self._groups[number].ranks:
+                    self._restart_group(self._groups[number], reason)
+            case Drained():
+                self._drained = True
+
+    def _tell(self, role: str, message: ToControlled) -> None:
+        child = self._children.get(role)
+        if child is None or not child.identity or self._control is None:
+            return  # told again at its first heartbeat
+        try:
+            self._control.send(message, child.identity)
+        except transport.PeerUnreachable as error:
+            log.warning("%s: %s", role, error)
+
+    def _introduce_groups(self) -> None:
+        """What a new scheduler must know: the newest epoch of each group, and that earlier ones are dead."""
+        for group in self._groups:
+            if group.epoch > 0:
+                self._tell("scheduler", RankExited(group.number, group.epoch - 1, "before this scheduler"))
+            self._announce(group)
+
+    def _announce(self, group: Group) -> None:
+        if group.given_up:
+            self._tell("scheduler", GroupGivenUp(group.number, group.given_up))
+        else:
+            self._tell("scheduler", GroupStarting(group.number, group.epoch, self._world_size))
+
+    def _watch_silence(self, now: float) -> None:
+        for child in list(self._children.values()):
+            silent = now - child.last_seen
+            stopped = silent > SILENCE_S and process_state(child.process.pid) in "TtZX"
+            if stopped or silent > HANG_S:
+                log.error("%s silent for %.0f s: killing it", child.role, silent)
+                child.kill()
+                self._child_ended(child)
+
+    # ---- children
+
+    def _start_child(self, role: str) -> None:
+        assert self._run_folder is not None
+        assert self._pool is not None
+        now = time.monotonic()
+        self._child_starts[role] = [t for t in self._child_starts[role] if now - t < STABLE_S] + [now]
+        if role == "scheduler":
+            spec = specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root, self._world_size)
+            self._children[role] = start_child(role, spec, now)
+        else:
+            self._children[role] = start_child(role, specs.output_spec(self._args, self._run_folder, self._pool), now)
+
+    def _child_ended(self, child: Child) -> None:
+        code = child.process.wait()
+        error = child.ended_with()
+        child.close()
+        del self._children[child.role]
+        if self._stopping:
+            return
+        log.error("%s ended with %d: starting it again", child.role, code)
+        if error or len(self._child_starts[child.role]) > MAX_FAILED_STARTS:
+            reason = error.message if error else f"it ended with exit code {code} {MAX_FAILED_STARTS} times in a row"
+            self._fail(f"the {child.role} cannot run: {reason}")
+            return
+        self._start_child(child.role)
+
+    # ---- groups
+
+    @property
+    def _world_size(self) -> int:
+        return self._args.num_gpus // self._args.replicas
+
+    def _start_group(self, group: Group) -> None:
+        assert self._run_folder is not None
+        assert self._pool is not None
+        group.error, group.phase = None, "starting"
+        for rank in range(self._world_size):
+            spec = specs.worker_spec(
+                self._args, self._run_folder, self._pool, self._model_root, self._device, group, rank
+            )
+            group.ranks.append(self._starter.start(spec))
+
+    def _watch_group(self, group: Group, ready: set[int]) -> None:
+        for number, rank in enumerate(group.ranks):
+            if rank.status.fileno() in ready or rank.process.sentinel in ready:
+                for message in rank.messages():
+                    self._note_status(group, rank, message)
+            if rank.process.sentinel in ready:
+                reason = group.error.message if group.error else f"rank {number} ended with {rank.process.exitcode}"
+                self._restart_group(group, reason)
+                return
+
+    def _note_status(self, group: Group, rank: Any, message: PhaseReport | Ready | GroupFailed) -> None:
+        match message:
+            case PhaseReport(phase=phase):
+                group.phase = phase
+            case Ready():
+                rank.ready = True
+                if group.ready:
+                    group.phase, group.failed_starts = "ready", 0
+            case GroupFailed(error=error):
+                group.error = group.error or error
+
+    def _restart_group(self, group: Group, reason: str) -> None:
+        was_ready = group.ready
+        log.error("group %d epoch %d ends: %s", group.number, group.epoch, reason)
+        group.kill()
+        self._tell("scheduler", RankExited(group.number, group.epoch, reason))
+        group.failed_starts = 0 if was_ready else group.failed_starts + 1
+        final = group.error is not None and group.error.code in _FINAL_ERRORS
+        if final or group.failed_starts >= MAX_FAILED_STARTS:
+            group.phase = "dead"
+            group.given_up = group.error or ErrorInfo(StartupError.code, reason)
+            self._announce(group)
+            if all(other.given_up for other in self._groups):
+                self._fail(group.given_up.message, group.given_up)
+            return
+        group.epoch += 1
+        self._start_group(group)
+        self._announce(group)
+
+    # ---- the end
+
+    def _fail(self, message: str, info: ErrorInfo | None = None) -> None:
+        error = StartupError(message)
+        if info and info.code in _FINAL_ERRORS:
+            error.__cause__ = from_code(info.code, info.message, info.param)
+        self.failure = error
+
+    def _teardown(self) -> None:
+        for role in tuple(self._children):
+            self._tell(role, Shutdown("the server stops"))
+        for group in self._groups:
+            group.kill()
+        for child in self._children.values():
+            child.process.terminate()
+            try:
+                child.process.wait(2)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            child.close()
+        self._children.clear()
+        if self._control:
+            self._control.close()
+            self._control = None
+        self._context.destroy(linger=100)
+        if self._run_folder:
+            self._run_folder.remove()
+            self._run_folder = None
