@@ -72,7 +72,7 @@ class Channel(Generic[T]):
     def __init__(self, socket: zmq.Socket[bytes], receives: Any) -> None:
         self.socket = socket
         self.refused = 0  # malformed messages dropped by receive_all
-        self._router = socket.socket_type == zmq.ROUTER
+        self._router = socket.type == zmq.ROUTER
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
 
     def send(self, message: msgspec.Struct, identity: bytes = b"", frames: Sequence[bytes | memoryview] = ()) -> None:

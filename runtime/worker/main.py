@@ -17,11 +17,13 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from safelight.configs.families import identify
 from safelight.runtime import logs
 from safelight.runtime.errors import ConfigError, SafelightError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
-from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh, choose_degrees
+from safelight.runtime.parallel.degrees import choose_degrees
+from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 from safelight.runtime.pipelines.protocol import Pipeline
 from safelight.runtime.worker.checkpoint import CheckpointWriter
 from safelight.runtime.worker.completer import Completer
@@ -150,7 +152,9 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
         world_size=spec.world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
-    cfg, ring, ulysses = choose_degrees(spec.world_size)
+    model = identify(Path(spec.model_path))
+    guided = (model.defaults.guidance_scale or 0.0) > 1.0
+    cfg, ring, ulysses = choose_degrees(spec.world_size, int(model.transformer["num_attention_heads"]), guided)
     world = dist.group.WORLD
     assert world is not None
     return build_mesh(world, cfg=cfg, ring=ring, ulysses=ulysses)
