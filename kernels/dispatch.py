@@ -1,0 +1,77 @@
+"""The ops that models call, and who chooses their implementation.
+
+A `KernelSet` is chosen once, when a model is built (`select_kernels`), and handed to its layers; nothing is global.
+All sets have these signatures; shapes use B batch, S sequence, T keys, H heads, D head dim, E = H * D width. Inputs
+may be float32, bfloat16 or float16; arithmetic inside one op is float32 (attention: as the backend does it), and the
+result is rounded once to the dtype of the first argument.
+
+attention(q, k, v)                      q: (B, S, H, D), k, v: (B, T, H, D) -> (B, S, H, D); full, unmasked softmax with
+                                        scale D^-0.5; any strides with a dense last dim; H may be 0 (empty result).
+rms_norm(x, weight, eps)                x: (B, S, E), weight: (E,) -> (B, S, E), over the whole width.
+rms_norm_rope(x, weight, cos, sin, eps) the same, then neighbouring pairs (2i, 2i+1) of every head rotated by the
+                                        angle in cos, sin: (S, D/2) float32 (Su et al., arXiv 2104.09864).
+layer_norm(x, weight, bias, eps)        x: (B, S, E), weight, bias: (E,) float32.
+layer_norm_modulate(x, scale, shift, eps)  layer norm without weights, then * (1 + scale) + shift with scale, shift:
+                                        (B, N, E) float32, N = 1 or S, dense last dim (adaLN, arXiv 2212.09748).
+gated_residual(x, y, gate)              x + y * gate; x, y: (B, S, E), gate: (B, N, E) float32 as above.
+
+Rows of x may be strided (a slice of a fused projection) as long as the last dim is dense. Results are contiguous,
+except attention's, whose strides are the backend's. Triton agrees with the reference to 1 ulp of the output dtype
+for elements of order one (tests/gpu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safelight.kernels.reference import ops as reference
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSet:
+    """One implementation of every op above."""
+
+    name: str
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rms_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def reference_kernels() -> KernelSet:
+    """Plain torch: any device, any dtype."""
+    return KernelSet(
+        "reference",
+        reference.attention,
+        reference.rms_norm,
+        reference.rms_norm_rope,
+        reference.layer_norm,
+        reference.layer_norm_modulate,
+        reference.gated_residual,
+    )
+
+
+def triton_kernels() -> KernelSet:
+    """Fused kernels for CUDA; raises ImportError where triton is not installed."""
+    from safelight.kernels.triton import rows
+
+    return KernelSet(
+        "triton",
+        reference.attention,  # torch's own choice takes cuDNN on Hopper: 570-620 TFLOP/s there
+        rows.rms_norm,
+        rows.rms_norm_rope,
+        rows.layer_norm,
+        rows.layer_norm_modulate,
+        rows.gated_residual,
+    )
+
+
+def select_kernels(device: torch.device, *, compiled: bool = False) -> KernelSet:
+    """The fastest set for a device. A model whose blocks torch.compile fuses wants the reference on CUDA as well."""
+    return triton_kernels() if device.type == "cuda" and not compiled else reference_kernels()

@@ -1,0 +1,36 @@
+"""Norms with weights. Norms without weights are `KernelSet.layer_norm_modulate`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from safelight.kernels.dispatch import KernelSet
+
+
+class RMSNorm(nn.Module):
+    """Over the whole last dim; `rotated` also applies rotary positions (one pass over memory)."""
+
+    def __init__(self, width: int, eps: float, kernels: KernelSet) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps, self.kernels = eps, kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.kernels.rms_norm_rope(x, self.weight, cos, sin, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """With weight and bias, both float32 whatever the model's dtype."""
+
+    def __init__(self, width: int, eps: float, kernels: KernelSet) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps, self.kernels = eps, kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
