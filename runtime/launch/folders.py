@@ -25,7 +25,7 @@ class RunFolder:
 
     root: Path
     state: Path
-    shared: Path  # frame slots, in shared memory where there is some
+    slots: Path  # made and locked by the slot pool itself; in shared memory where there is some
     lock: int
 
     @property
@@ -46,7 +46,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Deletes the run; a state directory of the caller's stays."""
-        shutil.rmtree(self.shared, ignore_errors=True)
+        shutil.rmtree(self.slots, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
         os.close(self.lock)
 
@@ -55,14 +55,12 @@ def create_run_folder(state_dir: Path | None) -> RunFolder:
     """Makes the folders of a run and sweeps those of dead owners. Raises StartupError when one cannot be made."""
     base = Path(tempfile.gettempdir())
     shared_base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else base
-    for folder in {base, shared_base}:
-        _sweep(folder)
+    _sweep(base)
     try:
         root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         lock = _lock(root)
-        shared = root / "slots" if shared_base == base else shared_base / root.name
-        run = RunFolder(root, state_dir or root / "state", shared, lock)
-        for made in (run.state, run.artifacts, run.checkpoints, run.shared):
+        run = RunFolder(root, state_dir or root / "state", shared_base / f"{root.name}-slots", lock)
+        for made in (run.state, run.artifacts, run.checkpoints):
             made.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise StartupError(f"cannot make the run's folders: {error}; check --state-dir and the free space") from error
@@ -83,15 +81,11 @@ def _lock(root: Path, create: int = os.O_CREAT) -> int:
 
 
 def _sweep(base: Path) -> None:
-    """Removes run folders whose owner is dead. Slot folders in shared memory are named like their run folder."""
+    """Removes run folders whose owner is dead: their lock can be taken. One without a lock is just being made."""
     for found in base.glob(_PREFIX + "*"):
-        owner = Path(tempfile.gettempdir()) / found.name
         try:
-            handle = _lock(owner, create=0)
+            handle = _lock(found, create=0)
         except OSError:
-            # Held by its living owner, or not locked yet by one that is just starting, or slots without a run.
-            if not owner.exists():
-                shutil.rmtree(found, ignore_errors=True)
             continue
         shutil.rmtree(found, ignore_errors=True)
         os.close(handle)

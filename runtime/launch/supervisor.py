@@ -86,8 +86,7 @@ class Supervisor:
         self._starter.warm()
         self._run_folder = create_run_folder(Path(self._args.state_dir) if self._args.state_dir else None)
         try:
-            folder = self._run_folder.shared
-            self._pool = slots.create_pool(folder, self._args.frame_slots, self._slot_bytes)
+            self._pool = slots.create_pool(self._run_folder.slots, self._args.frame_slots, self._slot_bytes)
             self._control = transport.bind_router(self._context, self.endpoints.control, FromControlled)
             for role in ("scheduler", "output"):
                 self._start_child(role)

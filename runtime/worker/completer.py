@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from safelight.runtime import slots
+from safelight.runtime.errors import SafelightError
 from safelight.runtime.messages import ChunkReady, PlanDone, WorkerSpec
+from safelight.runtime.slots import ChunkId, MappedPool
 from safelight.runtime.worker.executor import Launched, PendingChunk, result_of
 from safelight.runtime.worker.link import Link
 from safelight.runtime.worker.memory import peak_bytes
@@ -26,6 +27,7 @@ class Completer:
         self._device = device
         self._weights_bytes = weights
         self._fatal = fatal
+        self._slots = MappedPool(spec.slots)
         self._launched: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="completer", daemon=True)
         self._thread.start()
@@ -42,7 +44,7 @@ class Completer:
         while (launched := self._launched.get()) is not None:
             try:
                 self._complete(launched)
-            except (RuntimeError, OSError, ValueError) as error:
+            except (SafelightError, RuntimeError, OSError, ValueError) as error:
                 self._fatal(error)
                 return
 
@@ -70,8 +72,7 @@ class Completer:
         if chunk.copied:
             chunk.copied.synchronize()
         op, frames = chunk.op, chunk.frames.numpy()
-        key = slots.ChunkKey(op.job, op.attempt, op.index, op.take, op.chunk)
-        crc = slots.write_chunk(self._spec.slots, op.slot, key, frames)
+        crc = self._slots.write_chunk(op.slot, ChunkId.of(op), frames)
         count, height, width, _channels = frames.shape
         self._link.send_chunk(
             ChunkReady(
