@@ -1,0 +1,227 @@
+"""Plans become pipeline calls exactly as sent; errors of one job leave the others and its own state alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safelight.runtime.errors import JobFailed
+from safelight.runtime.messages import (
+    Checkpoint,
+    CheckpointCommitted,
+    CheckpointFailed,
+    CheckpointRef,
+    Decode,
+    Denoise,
+    Drop,
+    Encode,
+    Endpoints,
+    FromWorker,
+    GenerationRequest,
+    HeldState,
+    MediaFormat,
+    MediaSpec,
+    Op,
+    Plan,
+    Prepare,
+    Release,
+    SlotPool,
+    UnitRef,
+    WorkerSpec,
+)
+from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
+from safelight.runtime.worker.checkpoint import CheckpointWriter, read_checkpoint
+from safelight.runtime.worker.executor import Executor, Launched, result_of
+
+REQUEST = GenerationRequest(
+    prompt="p",
+    negative_prompt="",
+    token_ids={"prompt": (1,)},
+    height=16,
+    width=16,
+    num_frames=9,
+    fps=8,
+    num_inference_steps=3,
+    guidance_scale=1.0,
+    seed=7,
+    num_outputs=2,
+    sampler="euler",
+    media=MediaSpec(MediaFormat.MP4),
+)
+
+
+class FakePipeline:
+    """Latents count steps; decoding gives one chunk per latent frame; a request with seed 13 fails in `step`."""
+
+    device = torch.device("cpu")
+
+    def weights_bytes(self) -> int:
+        return 0
+
+    def encode(self, request: GenerationRequest) -> Any:
+        return f"conditioning of {request.prompt}"
+
+    def prepare(self, request: GenerationRequest, conditioning: Any, index: int) -> DenoiseState:
+        latents = torch.full((1, 3, 2, 2), float(request.seed + index))
+        sigmas = torch.linspace(1, 0, request.num_inference_steps + 1)
+        return DenoiseState(
+            latents, 0, sigmas, SamplerState(), torch.empty(0), request.guidance_scale, conditioning, request, index
+        )
+
+    def step(self, states: Sequence[DenoiseState]) -> list[DenoiseState]:
+        if any(s.request.seed == 13 for s in states):
+            raise RuntimeError("a shape does not fit")
+        return [dataclasses.replace(s, latents=s.latents + 1, step=s.step + 1) for s in states]
+
+    def decode(self, state: DenoiseState, cursor: Any | None) -> tuple[FrameChunk, Any | None]:
+        frame = cursor or 0
+        pixels = torch.full((1, 16, 16, 3), frame, dtype=torch.uint8)
+        return FrameChunk(pixels), frame + 1 if frame < 2 else None
+
+    def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
+        return {"latents": state.latents, "step": torch.tensor(state.step)}
+
+    def load(self, request: GenerationRequest, conditioning: Any, tensors: dict[str, torch.Tensor]) -> DenoiseState:
+        fresh = self.prepare(request, conditioning, 0)
+        return dataclasses.replace(fresh, latents=tensors["latents"], step=int(tensors["step"]))
+
+    def profile(self, request: GenerationRequest) -> Any:
+        raise AssertionError("the executor asks for no profile")
+
+
+class Rig:
+    def __init__(self, folder: Path, world_size: int = 1, rank: int = 0) -> None:
+        endpoints = Endpoints(*["ipc:///unused"] * 6)
+        self.sent: list[FromWorker] = []
+        self.checkpoints = CheckpointWriter(folder)
+        spec = WorkerSpec(
+            endpoints=endpoints,
+            group=0,
+            rank=rank,
+            world_size=world_size,
+            group_epoch=0,
+            local_rank=0,
+            store="",
+            model_path="",
+            vae_path=None,
+            device="cpu",
+            dit_precision="fp32",
+            vae_precision="fp32",
+            checkpoint_dir=str(folder),
+            slots=SlotPool(str(folder), 1, 1),
+            num_threads=1,
+            ranks_on_host=1,
+            log_level="info",
+        )
+        self.executor = Executor(FakePipeline(), spec, self.checkpoints, self.sent.append)
+        self.number = 0
+
+    def run(self, *ops: Op) -> Launched:
+        plan = Plan(scheduler_epoch=0, group=0, group_epoch=0, number=self.number, ops=ops)
+        self.number += 1
+        return self.executor.execute(plan)
+
+    def codes(self, *ops: Op) -> list[str | None]:
+        return [op.error.code if op.error else None for op in self.run(*ops).ops]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def start(job: str = "a", seed: int = 7) -> list[Op]:
+    request = GenerationRequest(**{f: getattr(REQUEST, f) for f in REQUEST.__struct_fields__} | {"seed": seed})
+    return [Encode(job, 0, request), Prepare(job, 0, 0)]
+
+
+def step(job: str, number: int) -> Denoise:
+    return Denoise((UnitRef(job, 0, 0, number),))
+
+
+def test_a_job_runs_from_encoding_to_its_last_chunk(rig: Rig) -> None:
+    assert rig.codes(*start(), step("a", 0), step("a", 1), step("a", 2)) == [None] * 5
+    launched = rig.run(*(Decode("a", 0, 0, 0, chunk, 0) for chunk in range(3)))
+    results = [result_of(op) for op in launched.ops]
+    assert [r.last_chunk for r in results] == [False, False, True]
+    assert [int(op.chunk.frames[0, 0, 0, 0]) for op in launched.ops if op.chunk] == [0, 1, 2]
+
+
+def test_chunk_zero_starts_over_and_a_skipped_chunk_is_refused(rig: Rig) -> None:
+    rig.run(*start())
+    assert rig.codes(Decode("a", 0, 0, 0, 0, 0), Decode("a", 0, 0, 0, 2, 0)) == [None, "not_found"]
+    assert rig.codes(Decode("a", 0, 0, 1, 1, 0)) == ["not_found"]
+    assert rig.codes(Decode("a", 0, 0, 1, 0, 0), Decode("a", 0, 0, 1, 1, 0)) == [None, None]
+
+
+def test_an_unknown_attempt_or_a_wrong_step_is_reported_and_changes_nothing(rig: Rig) -> None:
+    rig.run(*start())
+    assert rig.codes(step("b", 0), step("a", 1), Denoise((UnitRef("a", 1, 0, 0),))) == ["not_found"] * 3
+    assert rig.executor.held() == (HeldState("a", 0, -1, 0), HeldState("a", 0, 0, 0))
+
+
+def test_an_error_of_one_job_leaves_the_others_and_its_own_state(rig: Rig) -> None:
+    rig.run(*start("a"), *start("bad", seed=13))
+    launched = rig.run(step("a", 0), step("bad", 0))
+    assert launched.ops[0].error is None
+    assert launched.ops[1].error is not None
+    assert "a shape does not fit" in launched.ops[1].error.message
+    assert {(h.job, h.step) for h in rig.executor.held() if h.index == 0} == {("a", 1), ("bad", 0)}
+
+
+def test_on_several_ranks_an_error_ends_the_group(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, world_size=2)
+    rig.run(*start("bad", seed=13))
+    with pytest.raises(RuntimeError, match="does not fit"):
+        rig.run(step("bad", 0))
+
+
+def test_only_rank_zero_decodes(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, world_size=2, rank=1)
+    launched = rig.run(*start(), Decode("a", 0, 0, 0, 0, 0))
+    assert [op.chunk for op in launched.ops] == [None] * 3
+
+
+def test_release_keeps_the_conditioning_and_drop_frees_everything(rig: Rig) -> None:
+    rig.run(*start(), Prepare("a", 0, 1))
+    rig.run(Release("a", 0, 0))
+    assert rig.executor.held() == (HeldState("a", 0, -1, 0), HeldState("a", 0, 1, 0))
+    assert rig.codes(Drop("a", 0), Drop("unknown", 0)) == [None, None]
+    assert rig.executor.held() == ()
+
+
+def test_a_checkpoint_resumes_where_it_was_taken(rig: Rig) -> None:
+    rig.run(*start(), step("a", 0), step("a", 1), Checkpoint("a", 0, 0, 2), step("a", 2))
+    rig.checkpoints.close()
+    [committed] = rig.sent
+    assert isinstance(committed, CheckpointCommitted)
+    assert committed.ref.step == 2
+    rig.run(Encode("a", 1, REQUEST), Prepare("a", 1, 0, committed.ref), Denoise((UnitRef("a", 1, 0, 2),)))
+    held = rig.executor._jobs
+    assert torch.equal(held["a", 1].states[0].latents, held["a", 0].states[0].latents)
+
+
+def test_a_checkpoint_that_is_not_the_journalled_file_is_refused(rig: Rig, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"other")
+    with pytest.raises(JobFailed, match="sha256 differs"):
+        read_checkpoint(CheckpointRef(str(path), 1, "0" * 64))
+    assert rig.codes(*start(), Prepare("a", 0, 0, CheckpointRef(str(tmp_path / "gone"), 1, ""))) == [
+        None,
+        None,
+        "job_failed",
+    ]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "missing")
+    rig.run(*start(), Checkpoint("a", 0, 0, 0))
+    rig.checkpoints.close()
+    [failed] = rig.sent
+    assert isinstance(failed, CheckpointFailed)
+    assert "was not written" in failed.error.message
