@@ -59,7 +59,7 @@ class CheckpointWriter:
             tensors = task.tensors()
         else:
             task.after.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 tensors = task.tensors()
         data = safetensors.torch.save(tensors)
         path = self._folder / f"{task.name}.safetensors"

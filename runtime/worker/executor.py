@@ -90,7 +90,7 @@ class Executor:
         self._send = send
         self._jobs: dict[tuple[str, int], HeldJob] = {}
         self._cuda = pipeline.device.type == "cuda"
-        self._copy_stream = torch.cuda.Stream(pipeline.device) if self._cuda else None
+        self._copy_stream = torch.cuda.Stream(pipeline.device) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def held(self) -> tuple[HeldState, ...]:
         """Inventory of states; called on the link's thread, hence the copies."""
@@ -124,7 +124,7 @@ class Executor:
     def _event(self) -> torch.cuda.Event | None:
         if not self._cuda:
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -199,7 +199,7 @@ class Executor:
         with torch.cuda.stream(self._copy_stream):
             host.copy_(frames, non_blocking=True)
             frames.record_stream(self._copy_stream)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         return host, copied
 

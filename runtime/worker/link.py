@@ -102,7 +102,7 @@ class Link:
                     self._to_scheduler.append((self._heartbeat(), ()))
                 _flush(self._to_scheduler, scheduler)
                 _flush(self._to_output, output)
-                if dict(poller.poll(max(0.0, next_beat - time.monotonic()) * 1000)).get(self._wake):
+                if dict(poller.poll(max(0, int((next_beat - time.monotonic()) * 1000) + 1))).get(self._wake):
                     os.eventfd_read(self._wake)
                 for received in scheduler.receive_all():
                     self._receive(received.message)
