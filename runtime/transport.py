@@ -33,6 +33,12 @@ class PeerUnreachable(SafelightError):
     code = "peer_unreachable"
 
 
+class PeerBusy(PeerUnreachable):
+    """The peer is connected, but its queue is full: it may take a message later."""
+
+    code = "peer_busy"
+
+
 @dataclass(frozen=True, slots=True)
 class Received(Generic[T]):
     """One message; `identity` is the sending DEALER's on a ROUTER and empty on a DEALER."""
@@ -82,7 +88,7 @@ class Channel(Generic[T]):
         try:
             self.socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=True)
         except zmq.Again as error:
-            raise PeerUnreachable(f"peer {identity!r} does not take messages: its queue is full") from error
+            raise PeerBusy(f"peer {identity!r} does not take messages: its queue is full") from error
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
