@@ -5,22 +5,31 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from safelight.configs.options import check_options, option
+from safelight.runtime.errors import InvalidRequest
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Fields left None take the model variant's default (`merged_over`). Sizes are pixels, fps frames per second."""
+    """Fields left None take the model variant's default (`merged_over`). Sizes are pixels, fps frames per second.
 
-    prompt: str = ""
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    num_outputs_per_prompt: int | None = None
-    sampler: str | None = None
+    Types are checked here (InvalidRequest); which values a model takes is checked by its family.
+    """
+
+    prompt: str = option("", "what to make")
+    negative_prompt: str | None = option(None, "what to keep away from")
+    height: int | None = option(None, "pixels")
+    width: int | None = option(None, "pixels")
+    num_frames: int | None = option(None, "1 makes a picture, more a video")
+    fps: int | None = option(None, "frames per second of a video")
+    num_inference_steps: int | None = option(None, "denoising steps")
+    guidance_scale: float | None = option(None, "classifier-free guidance; 1 switches it off")
+    seed: int | None = option(None, "of the noise; output i uses seed + i; unset: drawn")
+    num_outputs_per_prompt: int | None = option(None, "pictures or videos per prompt")
+    sampler: str | None = option(None, "flow-matching sampler, as `safelight models` lists them")
+
+    def __post_init__(self) -> None:
+        check_options(self, InvalidRequest)
 
     def merged_over(self, defaults: SamplingParams) -> SamplingParams:
         """This request with every None replaced by the default's value."""
