@@ -53,7 +53,7 @@ def check_value(name: str, kind: type, metadata: Mapping[str, Any], value: Any, 
     choices, minimum = metadata.get("choices", ()), metadata.get("minimum")
     if choices and value not in choices:
         raise error(
-            f"{flag(name)}: one of {', '.join(choices)} expected, got {value!r}{did_you_mean(value, choices)}",
+            f"{flag(name)}: one of {', '.join(choices)} expected, got {value!r}{did_you_mean(str(value), choices)}",
             param=name,
         )
     if minimum is not None and not value >= minimum:
@@ -62,7 +62,8 @@ def check_value(name: str, kind: type, metadata: Mapping[str, Any], value: Any, 
 
 def check_options(config: Any, error: type[SafelightError]) -> None:
     """Checks every field of a dataclass of options; None is accepted where it is the default."""
-    kinds = base_types(type(config))
+    kind: Any = type(config)
+    kinds = base_types(kind)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is not None or field.default is not None:
