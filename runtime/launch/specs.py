@@ -42,7 +42,7 @@ def worker_spec(
     args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, device: str, group: Group, rank: int
 ) -> WorkerSpec:
     """The spec of one rank; precisions `auto` become fp32 on a CPU, bf16 on CUDA."""
-    world_size = args.num_gpus // args.replicas
+    world_size = args.group_size
     automatic = "bf16" if device == "cuda" else "fp32"
     return WorkerSpec(
         endpoints=run.endpoints(),

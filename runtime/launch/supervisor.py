@@ -279,7 +279,7 @@ class Supervisor:
 
     @property
     def _world_size(self) -> int:
-        return self._args.num_gpus // self._args.replicas
+        return self._args.group_size
 
     def _start_group(self, group: Group) -> None:
         assert self._run_folder is not None
