@@ -49,15 +49,15 @@ class FlowConfig:
     solver_order: int = 2
 
 
-_ANY_CLASS = {
+_ANY_CLASS: dict[str, Any] = {
     "use_dynamic_shifting": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "shift_terminal": None,
 }
-_EULER = _ANY_CLASS | {"invert_sigmas": False, "stochastic_sampling": False}
-_UNIPC = _ANY_CLASS | {
+_EULER: dict[str, Any] = _ANY_CLASS | {"invert_sigmas": False, "stochastic_sampling": False}
+_UNIPC: dict[str, Any] = _ANY_CLASS | {
     "use_flow_sigmas": True,
     "prediction_type": "flow_prediction",
     "predict_x0": True,

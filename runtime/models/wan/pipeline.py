@@ -1,0 +1,165 @@
+"""Wan 2.1 text-to-video as a Pipeline: what diffusers' WanPipeline computes, one step of several jobs at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelight.configs.families import FAMILIES, ModelSpec
+from safelight.configs.families.wan_costs import TEXT_TOKENS
+from safelight.configs.profile import JobProfile
+from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime.messages import GenerationRequest
+from safelight.runtime.models.encoders.umt5 import UMT5, load_umt5
+from safelight.runtime.models.vae.wan import DecodeCursor, WanVae, load_wan_vae
+from safelight.runtime.models.wan.transformer import WanText, WanTransformer
+from safelight.runtime.models.wan.weights import load_transformer
+from safelight.runtime.parallel.cfg import gather_branches, own_branches
+from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
+from safelight.runtime.pipelines.state_file import load_state, save_state
+from safelight.runtime.samplers import FlowConfig, Sampler, make_sampler, read_config
+
+if TYPE_CHECKING:
+    from safelight.runtime.models.registry import LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class WanConditioning:
+    """Text embeddings (T, text_dim) in the transformer's dtype, zero-padded to T = 512: the zeros are content.
+
+    `negative` is None for a request without guidance.
+    """
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+
+    def branch(self, index: int) -> torch.Tensor:
+        """0: conditional, 1: unconditional."""
+        if index == 0:
+            return self.positive
+        assert self.negative is not None, "an unguided request has no unconditional branch"
+        return self.negative
+
+
+@dataclass(frozen=True, slots=True)
+class WanPipeline:
+    """One loaded model. It holds no state of any job."""
+
+    spec: ModelSpec
+    device: torch.device
+    mesh: ParallelMesh
+    flow: FlowConfig
+    transformer: WanTransformer
+    text_encoder: UMT5
+    vae: WanVae
+
+    def weights_bytes(self) -> int:
+        """Bytes of all resident weights."""
+        modules = (self.transformer, self.text_encoder.module, self.vae.module)
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def profile(self, request: GenerationRequest) -> JobProfile:
+        """The profile that frontend and scheduler compute from the same request."""
+        params = SamplingParams(
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            num_outputs_per_prompt=request.num_outputs,
+            sampler=request.sampler,
+        )
+        return FAMILIES[self.spec.family].profile(self.spec, params)
+
+    def encode(self, request: GenerationRequest) -> WanConditioning:
+        """The request's token ids -> embeddings. The unconditional ones only when guidance_scale > 1."""
+        names = ("prompt", "negative") if request.guidance_scale > 1.0 else ("prompt",)
+        rows = self.text_encoder.encode([request.token_ids[name] for name in names])
+        padded = [torch.nn.functional.pad(row, (0, 0, 0, TEXT_TOKENS - len(row))) for row in rows]
+        positive, *negative = [row.to(self.transformer.dtype) for row in padded]
+        return WanConditioning(positive, negative[0] if negative else None)
+
+    def prepare(self, request: GenerationRequest, conditioning: WanConditioning, index: int) -> DenoiseState:
+        """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        noise = torch.randn(self.profile(request).latent_shape, generator=generator, dtype=torch.float32)
+        return DenoiseState(
+            latents=noise.to(self.device),
+            step=0,
+            sigmas=self._sampler(request).schedule(request.num_inference_steps).sigmas,
+            sampler=SamplerState(),
+            rng_state=generator.get_state(),
+            guidance_scale=request.guidance_scale,
+            conditioning=conditioning,
+            request=request,
+            index=index,
+        )
+
+    def step(self, states: Sequence[DenoiseState]) -> list[DenoiseState]:
+        """One batched forward over states of one latent shape and guidance mode (what a batch key says).
+
+        With guidance both branches are in the batch, or one on each rank of the cfg axis. Nothing waits for the device.
+        """
+        velocities = self._velocities(states)
+        advanced = []
+        for state, velocity in zip(states, velocities, strict=True):
+            sigmas = state.sigmas.tolist()
+            sampler = self._sampler(state.request)
+            latents, memory = sampler.step(sigmas, state.step, state.latents, velocity, state.sampler)
+            advanced.append(replace(state, latents=latents, step=state.step + 1, sampler=memory))
+        return advanced
+
+    def _velocities(self, states: Sequence[DenoiseState]) -> list[torch.Tensor]:
+        """The guided prediction of each state, (C, F, h, w) float32."""
+        guided = states[0].conditioning.negative is not None
+        assert all((s.conditioning.negative is not None) == guided for s in states), "one guidance mode in a batch"
+        branches, count = 1 + guided, len(states)
+        own = own_branches(self.mesh, branches)
+        steps = [self._sampler(s.request).schedule(s.request.num_inference_steps).timesteps[s.step] for s in states]
+        timestep = torch.tensor(steps * len(own), dtype=torch.float32).to(self.device, non_blocking=True)
+        latents = torch.stack([s.latents for s in states]).to(self.transformer.dtype).repeat(len(own), 1, 1, 1, 1)
+        text = torch.stack([s.conditioning.branch(branch) for branch in own for s in states])
+        predicted = self.transformer(latents, timestep, WanText(text)).float().unflatten(0, (len(own), count))
+        whole = gather_branches(predicted, branches, group=self.mesh.group(Axis.CFG))
+        if not guided:
+            return list(whole[0])
+        return [
+            uncond + state.guidance_scale * (cond - uncond)
+            for state, cond, uncond in zip(states, whole[0], whole[1], strict=True)
+        ]
+
+    def decode(self, state: DenoiseState, cursor: DecodeCursor | None) -> tuple[FrameChunk, DecodeCursor | None]:
+        """The next latent frame's frames: 1, then 4 at a time."""
+        frames, following = self.vae.decode(state.latents, cursor)
+        return FrameChunk(frames), following
+
+    def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
+        """See `pipelines.state_file`."""
+        return save_state(state)
+
+    def load(
+        self, request: GenerationRequest, conditioning: WanConditioning, tensors: dict[str, torch.Tensor]
+    ) -> DenoiseState:
+        """Inverse of `save`, on this pipeline's device. Raises JobFailed for a state of another request."""
+        return load_state(tensors, request, conditioning, self.profile(request).latent_shape, self.device)
+
+    def _sampler(self, request: GenerationRequest) -> Sampler:
+        return make_sampler(request.sampler, self.flow)
+
+
+def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
+    """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
+    flow = read_config(spec.sampler)
+    return WanPipeline(
+        spec=spec,
+        device=options.device,
+        mesh=options.mesh,
+        flow=flow,
+        transformer=load_transformer(spec.root / "transformer", options),
+        text_encoder=load_umt5(spec.root / "text_encoder", options.device, options.dit_dtype),
+        vae=load_wan_vae(options.vae_path or spec.root / "vae", options.device, options.vae_dtype),
+    )
