@@ -54,7 +54,7 @@ class GenerateArgs:
         if chosen in _STILL and num_frames > 1:
             name = "output_format" if self.output_format else "output_file_name"
             raise ConfigError(
-                f"{flag(name)}: {chosen} holds one picture, the job has {num_frames} frames; use mp4, or --num-frames 1",
+                f"{flag(name)}: {chosen} holds one picture, not {num_frames} frames; use mp4, or --num-frames 1",
                 param=name,
             )
         return chosen

@@ -1,0 +1,246 @@
+"""The native client of a running server: submit, follow, cancel. Sync, ZMQ, torch-free.
+
+A `Client` belongs to one thread. It survives restarts of scheduler and output: what was not answered is sent again
+(submits are idempotent by job id), and subscriptions are renewed every RENEW_S, which brings a snapshot each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Set
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from safelight.runtime import transport
+from safelight.runtime.errors import JobFailed, SafelightError, WorkerLost, from_code
+from safelight.runtime.messages import (
+    Accepted,
+    Cancel,
+    CancelAccepted,
+    Endpoints,
+    ErrorInfo,
+    Event,
+    FromScheduler,
+    GenerationRequest,
+    Priority,
+    QueryStatus,
+    Refused,
+    RenewLease,
+    ServerStatus,
+    Status,
+    Submit,
+    Subscribe,
+    ToScheduler,
+    Unsubscribe,
+)
+from safelight.runtime.ulid import new_ulid
+
+RENEW_S = 2.0  # leases, subscriptions, and requests without an answer
+ANSWER_S = 30.0  # a scheduler that restarts answers well within this
+
+
+def error_of(info: ErrorInfo) -> SafelightError:
+    """The typed error that an ErrorInfo describes."""
+    return from_code(info.code, info.message, info.param, info.retry_after_s)
+
+
+@dataclasses.dataclass(slots=True)
+class _Job:
+    attached: bool
+    last: Event | None = None
+    unread: list[Event] = dataclasses.field(default_factory=list)
+
+
+class Client:
+    """`with Client(endpoints) as client: job = client.submit(request); event = client.wait(job)`."""
+
+    def __init__(self, endpoints: Endpoints, owner: str = "local") -> None:
+        self._owner = owner
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._submit: transport.Channel[FromScheduler]
+        self._submit = transport.connect_dealer(self._context, endpoints.submit, FromScheduler)
+        self._events: transport.Channel[Event] = transport.connect_dealer(self._context, endpoints.events, Event)
+        self._jobs: dict[str, _Job] = {}  # open ones; the lease thread reads it
+        self._lock = threading.Lock()
+        self._renewed = time.monotonic()
+        self._leases = _Leases(self._context, endpoints.submit, owner, self._attached)
+        self._leases.start()
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        *,
+        job: str | None = None,
+        attached: bool = True,
+        priority: Priority = Priority.NORMAL,
+        deadline_s: float | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> str:
+        """Submits a job, subscribes to its events and returns its id (a new one, unless `job` names it).
+
+        Raises what the scheduler refused it with (InvalidRequest, TooLarge, Overloaded, Conflict, ...), or WorkerLost
+        when there was no answer within `timeout_s`; submitting again with the same id is safe.
+        """
+        job = job or new_ulid()
+        with self._lock:
+            self._jobs[job] = _Job(attached)
+        message = Submit(job, self._owner, request, attached, priority, deadline_s)
+        try:
+            self._ask(message, lambda answer: isinstance(answer, Accepted) and answer.job == job, job, timeout_s)
+        except SafelightError:
+            self._close_job(job)
+            raise
+        self._subscribe(job)
+        return job
+
+    def attach(self, job: str, *, renew: bool = False) -> None:
+        """Follows a job that exists already; `renew` also holds its lease."""
+        with self._lock:
+            self._jobs[job] = _Job(renew)
+        self._subscribe(job)
+
+    def cancel(self, job: str, timeout_s: float = ANSWER_S) -> None:
+        """Asks for the cancellation of a job; its terminal event follows. Raises NotFound, or WorkerLost."""
+        message = Cancel(job, self._owner)
+        self._ask(message, lambda answer: isinstance(answer, CancelAccepted) and answer.job == job, job, timeout_s)
+
+    def status(self, timeout_s: float = ANSWER_S) -> ServerStatus:
+        """Readiness and load of the server. Raises WorkerLost."""
+        answer = self._ask(QueryStatus(), lambda answer: isinstance(answer, ServerStatus), "", timeout_s)
+        assert isinstance(answer, ServerStatus)
+        return answer
+
+    @property
+    def open_jobs(self) -> frozenset[str]:
+        """Jobs whose terminal event has not been read."""
+        return frozenset(self._jobs)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """New events of all open jobs, waiting up to `timeout_s` for the first; a terminal event closes its job."""
+        self._receive(timeout_s, self.open_jobs)
+        return [event for job in self.open_jobs for event in self._read(job)]
+
+    def events(self, job: str) -> Iterator[Event]:
+        """The events of one job up to its terminal; those of other jobs are kept for their readers."""
+        while job in self._jobs:
+            self._receive(RENEW_S, {job})
+            yield from self._read(job)
+
+    def wait(self, job: str) -> Event:
+        """The terminal event of a completed job. Raises JobFailed, Poisoned, Cancelled, ... for the others."""
+        for event in self.events(job):
+            if event.status is Status.COMPLETED:
+                return event
+            if event.status is not None:
+                raise error_of(event.error) if event.error else JobFailed(f"job {job} ended as {event.status}")
+        raise JobFailed(f"job {job} is not followed by this client; attach to it first")
+
+    def close(self) -> None:
+        """Stops renewing leases and closes the sockets; jobs go on until their leases run out."""
+        self._leases.stop()
+        self._submit.close()
+        self._events.close()
+        self._context.term()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _attached(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(job for job, entry in self._jobs.items() if entry.attached)
+
+    def _close_job(self, job: str) -> None:
+        with self._lock:
+            self._jobs.pop(job, None)
+
+    def _subscribe(self, job: str) -> None:
+        # From the snapshot on, whatever was seen before: the numbers of a restarted output start again.
+        self._events.send(Subscribe(job, self._owner))
+
+    def _receive(self, timeout_s: float, wanted: Set[str]) -> None:
+        """Waits up to `timeout_s` for an event of `wanted` jobs, unless one is unread already."""
+        deadline = time.monotonic() + timeout_s
+        while not any(self._jobs[job].unread for job in wanted):
+            now = time.monotonic()
+            if now - self._renewed >= RENEW_S:
+                self._renewed = now
+                for job in self.open_jobs:
+                    self._subscribe(job)
+            due = min(deadline, self._renewed + RENEW_S)
+            self._events.socket.poll(max(0, round(1000 * (due - now))))
+            for received in self._events.receive_all():
+                self._note(received.message)
+            if time.monotonic() >= deadline:
+                return
+
+    def _note(self, event: Event) -> None:
+        """Keeps news of open jobs; renewed subscriptions repeat the last event, which is no news."""
+        entry = self._jobs.get(event.job)
+        over = entry is not None and entry.last is not None and entry.last.status is not None
+        if entry is not None and not over and event.known and event != entry.last:
+            entry.last = event
+            entry.unread.append(event)
+
+    def _read(self, job: str) -> list[Event]:
+        """The job's unread events; reading its terminal closes it."""
+        found, self._jobs[job].unread = self._jobs[job].unread, []
+        if found and found[-1].status is not None:
+            self._close_job(job)
+            self._events.send(Unsubscribe(job, self._owner))
+        return found
+
+    def _ask(
+        self, message: ToScheduler, answers: Callable[[FromScheduler], bool], job: str, timeout_s: float
+    ) -> FromScheduler:
+        """Sends until answered. Raises the error of a Refused about `job`, or WorkerLost."""
+        deadline, resend = time.monotonic() + timeout_s, 0.0
+        while (now := time.monotonic()) < deadline:
+            if now >= resend:
+                self._submit.send(message)
+                resend = now + RENEW_S
+            self._submit.socket.poll(max(0, round(1000 * (min(resend, deadline) - now))))
+            for received in self._submit.receive_all():
+                answer = received.message
+                if isinstance(answer, Refused) and answer.job == job:
+                    raise error_of(answer.error)
+                if answers(answer):
+                    return answer
+        raise WorkerLost(f"no answer from the scheduler for {timeout_s:.0f} s; is the server running?")
+
+
+class _Leases:
+    """A thread with its own socket that renews the leases of attached jobs."""
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, owner: str, jobs: Callable[[], tuple[str, ...]]
+    ) -> None:
+        self._context, self._endpoint, self._owner, self._jobs = context, endpoint, owner, jobs
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with transport.connect_dealer(self._context, self._endpoint, FromScheduler) as channel:
+            while not self._stopped.wait(RENEW_S):
+                for _ in channel.receive_all():
+                    pass  # renewals have no answer that matters
+                if jobs := self._jobs():
+                    try:
+                        channel.send(RenewLease(jobs, self._owner))
+                    except transport.PeerUnreachable:
+                        continue  # the scheduler restarts; it grants new leases when it is back
