@@ -21,13 +21,17 @@ TOLERANCE = 1e-4  # the design's bound on max abs error; the tests below hold a 
 TEXT_LENGTH, REAL_TEXT = 24, 7
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_class() -> Any:
     from diffusers import WanTransformer3DModel
 
+    return WanTransformer3DModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    model = WanTransformer3DModel(
+    model = reference_class()(
         num_attention_heads=4, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=3
     )
     with torch.no_grad():
@@ -40,9 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel.from_pretrained(folder).eval()
+    return reference_class().from_pretrained(folder).eval()
 
 
 def options(dtype: torch.dtype = torch.float32) -> LoadOptions:
@@ -66,8 +68,9 @@ def inputs(batch: int, size: tuple[int, int, int], seed: int = 0) -> tuple[Tenso
 @torch.inference_mode()
 def predict(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, **extra: Any) -> Tensor:
     if isinstance(model, WanTransformer):
-        return model(latents, timestep, WanText(text), **extra)
-    prediction: Tensor = model(latents, timestep, text, return_dict=False)[0]
+        prediction: Tensor = model(latents, timestep, WanText(text), **extra)
+    else:
+        prediction = model(latents, timestep, text, return_dict=False)[0]
     return prediction
 
 
@@ -102,10 +105,8 @@ def test_a_batch_of_two_equals_two_runs_of_one(ours: WanTransformer) -> None:
 
 
 def test_half_precision_is_at_most_twice_as_far_from_float32_as_the_reference(folder: Path, reference: Any) -> None:
-    from diffusers import WanTransformer3DModel
-
     ours = load_transformer(folder, options(torch.bfloat16))
-    theirs = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16).eval()
+    theirs = reference_class().from_pretrained(folder, torch_dtype=torch.bfloat16).eval()
     latents, _, text = inputs(1, (3, 8, 8))
     for timestep in (1.0, 250.0, 500.0, 750.0, 999.0):
         t = torch.tensor([timestep])
@@ -125,9 +126,8 @@ def test_dropped_rotary_positions_show(ours: WanTransformer, reference: Any) -> 
 def test_foreign_text_shows(ours: WanTransformer, reference: Any) -> None:
     latents, timestep, text = inputs(1, (3, 6, 10))
     foreign = inputs(1, (3, 6, 10), seed=1)[2]
-    assert (
-        error(predict(ours, latents, timestep, foreign), predict(reference, latents, timestep, text)) > 50 * TOLERANCE
-    )
+    expected = predict(reference, latents, timestep, text)
+    assert error(predict(ours, latents, timestep, foreign), expected) > 50 * TOLERANCE
 
 
 def test_text_without_its_zero_padding_shows(ours: WanTransformer, reference: Any) -> None:
@@ -160,7 +160,7 @@ def test_adapters_of_a_call_act_like_merged_weights_and_leave_the_weights_alone(
     generator = torch.Generator().manual_seed(3)
     adapters = {}
     for name in ("blocks.1.self_attention.qkv", "blocks.2.feed_forward.down", "projection", "text_embedding.up"):
-        weight = merged.get_submodule(name).weight
+        weight = merged.get_parameter(f"{name}.weight")
         down = torch.randn(2, weight.shape[1], generator=generator) * 0.2
         up = torch.randn(weight.shape[0], 2, generator=generator) * 0.2
         adapters[name] = (Adapter(down, up, 0.5),)
