@@ -1,0 +1,88 @@
+"""From `--model-path` to a model directory: the built-in model, a local directory, or a download. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from safelight.runtime.errors import ModelError
+
+# Weights are safetensors only, so nothing that is downloaded can execute code.
+ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer*/*.txt", "tokenizer*/*.model", "LICENSE*", "README.md")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def builtin_model() -> Path:
+    """The directory of the model that ships with the package. Raises ModelError when the package lacks it."""
+    path = Path(str(resources.files("safelight.runtime.models") / "builtin_model"))
+    if not (path / "model_index.json").is_file():
+        raise ModelError(
+            f"the built-in model expected at {path} is not installed; pass --model-path", param="model_path"
+        )
+    return path
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text`, which names no local file, reads as `organisation/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False) -> Path:
+    """The local directory of a model or component; None is the built-in model.
+
+    Raises ModelError naming `param`: no such directory, or a Hugging Face id that can be neither downloaded nor found
+    in the local cache.
+    """
+    if text is None:
+        return builtin_model()
+    path = Path(text).expanduser()
+    if path.exists() or not is_hub_id(text):
+        if not path.is_dir():
+            flag = "--" + param.replace("_", "-")
+            raise ModelError(f"model directory expected at {path}, none is there; check {flag}", param=param)
+        return path.resolve()
+    return download(text, param, quiet=quiet)
+
+
+def download(
+    repo_id: str,
+    param: str = "model_path",
+    *,
+    quiet: bool = False,
+    endpoint: str | None = None,
+    cache_dir: Path | None = None,
+) -> Path:
+    """Fetches what is missing of a Hugging Face repository into its cache, with progress on stderr unless `quiet`.
+
+    Without a network the cached copy is used. Raises ModelError.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,  # type: ignore[attr-defined]  # of its HTTP library
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if quiet:
+        disable_progress_bars()
+    try:
+        found = snapshot_download(repo_id, allow_patterns=list(ALLOWED_FILES), endpoint=endpoint, cache_dir=cache_dir)
+    except GatedRepoError as error:
+        message = f"{repo_id} asks for its licence to be accepted on huggingface.co; then log in with `hf auth login`"
+        raise ModelError(message, param=param) from error
+    except RepositoryNotFoundError as error:
+        message = f"{repo_id} is neither a local directory nor a model on the hub that you may read; check its spelling"
+        raise ModelError(message, param=param) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"{repo_id} is not a local directory, and the hub cannot be reached to download it (no copy is cached "
+            "either); check the network, or pass a directory",
+            param=param,
+        ) from error
+    except (OSError, ValueError, HTTPError) as error:
+        raise ModelError(f"{repo_id} could not be downloaded: {error}", param=param) from error
+    return Path(str(found))
