@@ -58,9 +58,9 @@ def download(
     Without a network the cached copy is used. Raises ModelError.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP library's
         GatedRepoError,
-        HTTPError,  # type: ignore[attr-defined]  # of its HTTP library
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
