@@ -9,6 +9,7 @@ from safelight.runtime.errors import ConfigError
 
 FORMATS = ("png", "jpeg", "webp", "mp4", "npy")
 _OF_EXTENSION = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "mp4": "mp4", "npy": "npy"}
+_LONGEST_NAME = 230  # file systems allow 255; numbers and extensions come on top
 _STILL = ("png", "jpeg", "webp")
 
 
@@ -28,9 +29,12 @@ class GenerateArgs:
     def __post_init__(self) -> None:
         check_options(self, ConfigError)
         name = self.output_file_name
-        if name is not None and (not name.strip() or "/" in name or "\0" in name or name in (".", "..")):
+        if name is not None and (
+            not name.strip() or {"/", "\0"} & {*name} or name in (".", "..") or len(name.encode()) > _LONGEST_NAME
+        ):
             raise ConfigError(
-                f"--output-file-name: a plain file name expected, got {name!r}; its folder is --output-path",
+                f"--output-file-name: a plain file name of at most {_LONGEST_NAME} bytes expected, got {name!r}; its "
+                "folder is --output-path",
                 param="output_file_name",
             )
         if self.output_quality is not None and self.output_quality > 100:

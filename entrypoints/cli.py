@@ -1,0 +1,100 @@
+"""The `safelight` command. Commands import what they need when they run, so that `--help` is immediate."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import safelight
+from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.sampling_params import SamplingParams
+from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints.flags import merged, with_flags
+from safelight.runtime.errors import Cancelled, ConfigError, InvalidRequest, ModelError, SafelightError
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="safelight",
+    help="Serves image and video diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for machines")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"safelight {safelight.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serves image and video diffusion transformers."""
+
+
+@app.command()
+@with_flags({"What to make": SamplingParams, "Files": GenerateArgs, "Model and processes": ServerArgs})
+def generate(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="JSON or YAML file of these flags; the command line wins")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Makes pictures and videos, and exits; the path of the result is printed last."""
+    from safelight.entrypoints.generate import run
+
+    sampling, files, server = merged(given, config, (SamplingParams, GenerateArgs, ServerArgs))
+    raise typer.Exit(run(SamplingParams(**sampling), GenerateArgs(**files), ServerArgs(**server)))
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """Lists the supported models, with their defaults."""
+    from safelight.entrypoints.models import show
+
+    show(json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Says what this machine has, what is missing, and what that would enable."""
+    from safelight.entrypoints.doctor import examine
+
+    raise typer.Exit(examine(json))
+
+
+def exit_code(error: SafelightError) -> int:
+    """2 for what the caller wrote wrong, 130 for a cancelled run, 1 for everything else."""
+    if isinstance(error, Cancelled):
+        return INTERRUPTED
+    usage = isinstance(error, InvalidRequest | ConfigError) and not isinstance(error, ModelError)
+    return USAGE if usage else FAILURE
+
+
+def main() -> None:
+    """Runs the command line; errors of ours are one line on stderr and an exit code, never a traceback."""
+    try:
+        app()
+    except SafelightError as error:
+        if "--json" in sys.argv:
+            failure = {"event": "error", "code": error.code, "message": error.message, "param": error.param}
+            print(json_module.dumps(failure, ensure_ascii=False), flush=True)
+        print(f"safelight: {error.message}", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

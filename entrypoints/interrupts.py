@@ -1,0 +1,45 @@
+"""Ctrl-C and its kin in a command that has started processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to stop. `exit_code` is what a shell expects (130 for Ctrl-C)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+class Interrupts:
+    """Inside, SIGINT, SIGTERM and SIGHUP raise Interrupted, until `then_call` names what they do instead."""
+
+    def __init__(self) -> None:
+        self._action: Callable[[], None] | None = None
+        self._before: dict[int, Any] = {}
+
+    def then_call(self, action: Callable[[], None]) -> None:
+        """From now on a signal calls `action`: what is being cleaned up must not be interrupted."""
+        self._action = action
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._action is None:
+            raise Interrupted(number)
+        self._action()
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

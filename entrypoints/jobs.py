@@ -1,0 +1,122 @@
+"""From prompts and parameters to checked jobs, before any process is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safelight.configs.families import FAMILIES, ModelSpec
+from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.options import did_you_mean
+from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime.errors import ConfigError, InvalidRequest, SafelightError
+from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
+
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One checked job: `params` is complete, its seed drawn; `chunk_bytes` is its largest chunk of decoded frames."""
+
+    number: int  # from 1
+    total: int
+    params: SamplingParams
+    media: MediaSpec
+    chunk_bytes: int
+
+
+def read_jobs(params: SamplingParams, files: GenerateArgs) -> list[tuple[str, SamplingParams]]:
+    """Where each job comes from ("" or "FILE line N: ") and its parameters. Raises ConfigError, InvalidRequest."""
+    if bool(params.prompt.strip()) == (files.prompt_path is not None):
+        found = "both" if files.prompt_path else "neither"
+        raise ConfigError(f"one of --prompt and --prompt-path expected, got {found}", param="prompt")
+    if files.prompt_path is None:
+        return [("", params)]
+    path = Path(files.prompt_path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-path: {path} cannot be read: {error}", param="prompt_path") from error
+    jobs = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path} line {number}: "
+            with_origin = _at(where, lambda line=line: dataclasses.replace(params, **_line(line.strip())))
+            jobs.append((where, with_origin))
+    if not jobs:
+        raise ConfigError(f"--prompt-path: one prompt a line expected, {path} has none", param="prompt_path")
+    return jobs
+
+
+def check_jobs(spec: ModelSpec, found: Sequence[tuple[str, SamplingParams]], files: GenerateArgs) -> list[Job]:
+    """Fills every unset parameter and checks all jobs. Raises InvalidRequest or ConfigError naming line and flag."""
+    return [
+        _at(where, lambda n=number, p=params: _check(spec, p, files, n, len(found)))
+        for number, (where, params) in enumerate(found, 1)
+    ]
+
+
+def _check(spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number: int, total: int) -> Job:
+    family = FAMILIES[spec.family]
+    complete = params.merged_over(spec.defaults)
+    if complete.seed is None:
+        complete = dataclasses.replace(complete, seed=secrets.randbelow(_SEEDS))
+    family.validate(spec, complete)
+    assert complete.num_frames is not None, "the family's defaults are complete"
+    media = MediaSpec(MediaFormat(files.media_format(complete.num_frames)), files.output_quality, files.return_frames)
+    return Job(number, total, complete, media, family.profile(spec, complete).chunk_bytes)
+
+
+def requests(spec: ModelSpec, jobs: Sequence[Job]) -> Iterator[GenerationRequest]:
+    """Cleans and tokenizes the prompts. Raises ModelError when the model has no usable tokenizer."""
+    module, _, attribute = FAMILIES[spec.family].tokenizer.partition(":")
+    tokenizer = getattr(importlib.import_module(module), attribute)(spec.root, spec)
+    for job in jobs:
+        values: dict[str, Any] = dataclasses.asdict(job.params)
+        values["negative_prompt"] = values["negative_prompt"] or ""
+        values["num_outputs"] = values.pop("num_outputs_per_prompt")
+        ids = tokenizer.encode_request(values["prompt"], values["negative_prompt"])
+        yield GenerationRequest(token_ids=ids, media=job.media, **values)
+
+
+def unknown_words(root: Path, prompt: str) -> list[str]:
+    """Words that a model with a vocabulary.json was not trained on; none for other models."""
+    path = root / "vocabulary.json"
+    if not path.is_file():
+        return []
+    known = set(json.loads(path.read_text(encoding="utf-8"))["words"])
+    return [word for word in re.findall(r"[^\s,.;:!?]+", prompt.lower()) if word not in known]
+
+
+def _line(line: str) -> dict[str, Any]:
+    """The parameters in one line of a prompt file: the prompt alone, or a JSON object."""
+    if not line.startswith("{"):
+        return {"prompt": line}
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"a JSON object of parameters expected: {error}", param="prompt_path") from error
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    fields = [field.name for field in dataclasses.fields(SamplingParams)]
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, fields)}", param=name)
+    if not values.get("prompt"):
+        raise InvalidRequest("the JSON object has no prompt", param="prompt")
+    return values
+
+
+def _at(where: str, make: Any) -> Any:
+    """The result of `make()`; its errors say where in the prompt file they are."""
+    try:
+        return make()
+    except SafelightError as error:
+        raise type(error)(where + error.message, param=error.param) from error

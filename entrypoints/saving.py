@@ -1,0 +1,106 @@
+"""Moves finished files to where the user wants them: whole or not at all, and never over another file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime.errors import ConfigError, JobFailed
+from safelight.runtime.messages import Artifact
+
+_EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "mp4": ".mp4", "npy": ".npy"}
+_SLUG_LENGTH = 60
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the output folder. Raises ConfigError when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output-path: {folder} cannot be written to: {error}", param="output_path") from error
+
+
+def file_name(files: GenerateArgs, params: SamplingParams, format_name: str, index: int) -> str:
+    """The name of output `index`: --output-file-name, or made of prompt, seed and index."""
+    extension = _EXTENSIONS[format_name]
+    outputs = params.num_outputs_per_prompt or 1
+    if files.output_file_name:
+        stem, suffix = os.path.splitext(files.output_file_name)
+        if suffix.lower() not in (*_EXTENSIONS.values(), ".jpeg"):
+            stem, suffix = files.output_file_name, extension
+        return f"{stem}-{index}{suffix}" if outputs > 1 else stem + suffix
+    slug = re.sub(r"[^\w]+", "-", params.prompt.lower()).strip("-_")[:_SLUG_LENGTH].strip("-") or "untitled"
+    return f"{slug}-{params.seed}" + (f"-{index}" if outputs > 1 else "") + extension
+
+
+def save(artifact: Artifact, folder: Path, name: str) -> tuple[Path, Path | None]:
+    """Moves an artifact, and its raw frames, to `folder`; a taken name gets a number. Raises JobFailed."""
+    try:
+        saved = _move(Path(artifact.path), folder, name)
+        frames = artifact.frames_path
+        return saved, _move(Path(frames), folder, saved.stem + ".npy") if frames else None
+    except OSError as error:
+        raise JobFailed(f"the result cannot be saved in {folder}: {error}") from error
+
+
+def _names(name: str) -> Iterator[str]:
+    stem, suffix = os.path.splitext(name)
+    yield name
+    number = 2
+    while True:
+        yield f"{stem}-{number}{suffix}"
+        number += 1
+
+
+def _move(source: Path, folder: Path, name: str) -> Path:
+    """Same file system: under its new name at once. Another one: a synced copy in the folder, then its name."""
+    if source.stat().st_dev == folder.stat().st_dev:
+        source.chmod(0o666 & ~_umask())
+        return _claim(source, folder, name)
+    handle, copy = tempfile.mkstemp(dir=folder, prefix=".safelight-")
+    try:
+        with os.fdopen(handle, "wb") as file, source.open("rb") as content:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(copy, 0o666 & ~_umask())
+        target = _claim(Path(copy), folder, name)
+    finally:
+        Path(copy).unlink(missing_ok=True)
+    source.unlink()
+    return target
+
+
+def _claim(source: Path, folder: Path, name: str) -> Path:
+    """Gives `source` the first free name. A hard link never replaces a file; some file systems have none."""
+    for target in (folder / candidate for candidate in _names(name)):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if target.exists():
+                continue
+            os.rename(source, target)
+            return target
+        source.unlink()
+        return target
+    raise AssertionError("there is always another name")
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
