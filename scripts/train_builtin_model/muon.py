@@ -1,0 +1,48 @@
+"""Muon (K. Jordan et al., 2024): momentum whose matrix is replaced by the nearest orthogonal one.
+
+Matrices of equal shape are orthogonalised together in one batched Newton-Schulz iteration.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(N, R, C) -> (N, R, C) with singular values near 1, computed in bf16."""
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """For matrices inside the network only; embeddings, first and last layers and vectors belong to AdamW."""
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95) -> None:
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+        self.groups = list(by_shape.values())
+        self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One update; the step of an R x C matrix has spectral norm learning_rate * sqrt(max(1, R / C))."""
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            gradient = torch.stack([p.grad for p in group if p.grad is not None])
+            buffer.lerp_(gradient, 1 - self.momentum)
+            update = orthogonalise(gradient.lerp(buffer, self.momentum)).float()
+            rows, columns = group[0].shape
+            scale = learning_rate * max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_(group, list(update.unbind(0)), alpha=-scale)

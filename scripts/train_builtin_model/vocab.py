@@ -1,0 +1,143 @@
+"""The vocabulary: which glyphs the model learns, what captions call them, and the named colours.
+
+`subjects.txt` is the only source. A *subject* is what a caption names ("apple"); a *sprite* is one picture of it
+("apple" in red, "apple" in green). The first sprite of a subject is what its bare name means.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SUBJECTS_FILE = Path(__file__).with_name("subjects.txt")
+
+Colour = tuple[int, int, int]
+
+# Background colours: far enough apart that the nearest one names what a picture shows.
+BACKGROUNDS: dict[str, Colour] = {
+    "red": (214, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 212, 50),
+    "green": (60, 170, 80),
+    "blue": (45, 105, 220),
+    "light blue": (150, 205, 245),
+    "dark blue": (20, 35, 95),
+    "purple": (130, 65, 190),
+    "pink": (245, 150, 190),
+    "brown": (125, 80, 45),
+    "gray": (140, 140, 145),
+    "light green": (175, 232, 160),
+    "dark green": (18, 82, 45),
+    "teal": (28, 172, 168),
+    "beige": (240, 224, 190),
+    "black": (15, 15, 18),
+    "white": (250, 250, 250),
+}
+BACKGROUND_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "light blue": ("sky blue", "pale blue"),
+    "dark blue": ("navy", "navy blue"),
+    "purple": ("violet",),
+    "gray": ("grey",),
+    "light green": ("pale green",),
+    "teal": ("turquoise", "cyan"),
+    "beige": ("cream",),
+}
+# Sprite colours that recolourable subjects are rendered in: (hue in degrees, median saturation, median value).
+# Black and white keep the shading and drop the saturation.
+RECOLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (2.0, 0.82, 0.85),
+    "orange": (28.0, 0.88, 0.97),
+    "yellow": (50.0, 0.80, 0.98),
+    "green": (128.0, 0.66, 0.66),
+    "blue": (216.0, 0.74, 0.86),
+    "purple": (276.0, 0.60, 0.72),
+    "pink": (334.0, 0.46, 0.98),
+    "black": (0.0, 0.0, 0.20),
+    "white": (0.0, 0.0, 0.95),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a caption names. `mass` nouns ("bread", "scissors") take no article and are never counted."""
+
+    noun: str
+    plural: str
+    synonyms: tuple[str, ...]
+    mass: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sprite:
+    """One picture: a glyph, of `subjects[subject]`, with the colour that captions may name.
+
+    `base` marks the first sprite of its subject; `recoloured` those whose hue is changed after rendering.
+    """
+
+    glyph: str
+    subject: int
+    colour: str | None
+    base: bool
+    recoloured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """All subjects and all sprites, in the order of the sprite file."""
+
+    subjects: tuple[Subject, ...]
+    sprites: tuple[Sprite, ...]
+
+    def sprites_of(self, subject: int) -> list[int]:
+        """Indices of the sprites that show `subject`, base first."""
+        return [i for i, sprite in enumerate(self.sprites) if sprite.subject == subject]
+
+
+def pluralise(noun: str) -> str:
+    """The regular English plural of the last word ("box of chocolate" and the like have `pl:` in the file)."""
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    if re.search(r"(s|x|z|ch|sh)$", noun):
+        return noun + "es"
+    return noun + "s"
+
+
+def _parse_flags(text: str, noun: str) -> tuple[bool, str | None, bool, str]:
+    """-> (mass, colour, recolourable, plural). `pl:` takes words up to the next flag."""
+    mass = bool(re.search(r"(^|\s)m(\s|$)", re.sub(r"pl:[^:]*$", "", text)))
+    found = re.search(r"(^|\s)(rc|c):(\w+)", text)
+    plural = re.search(r"pl:(.+?)(?=\s(?:c|rc):|$)", text)
+    return (
+        mass,
+        found.group(3) if found else None,
+        found is not None and found.group(2) == "rc",
+        plural.group(1).strip() if plural else pluralise(noun),
+    )
+
+
+def load_vocabulary(path: Path = SUBJECTS_FILE) -> Vocabulary:
+    """Parse the subject file. Sprites: first all glyphs in file order, then the recoloured ones."""
+    subjects: list[Subject] = []
+    sprites: list[Sprite] = []
+    recolourable: list[tuple[str, int]] = []
+    index: dict[str, int] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        glyph, noun, synonyms, flags = (part.strip() for part in line.split(";"))
+        mass, colour, recolour, plural = _parse_flags(flags, noun)
+        if noun.startswith("@"):
+            sprites.append(Sprite(glyph, index[noun[1:]], colour, base=False, recoloured=False))
+            continue
+        if noun in index:
+            raise ValueError(f"{path.name}: the noun {noun!r} is given twice; write @{noun} for another colour of it")
+        index[noun] = len(subjects)
+        subjects.append(Subject(noun, plural, tuple(s.strip() for s in synonyms.split(",") if s.strip()), mass))
+        sprites.append(Sprite(glyph, index[noun], colour, base=True, recoloured=False))
+        if recolour:
+            recolourable.append((glyph, index[noun]))
+    for glyph, subject in recolourable:
+        present = {sprite.colour for sprite in sprites if sprite.subject == subject}
+        sprites += [Sprite(glyph, subject, c, base=False, recoloured=True) for c in RECOLOURS if c not in present]
+    return Vocabulary(tuple(subjects), tuple(sprites))
