@@ -58,7 +58,9 @@ class FrameChunk:
 class Pipeline(Protocol):
     """One model, loaded. All methods run under torch.inference_mode, on the executor's thread."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Where latents live."""
 
     def weights_bytes(self) -> int:
         """Bytes of all resident weights."""
