@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +76,17 @@ class Parity:
     """Both pipelines on one checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-        from diffusers import WanPipeline as Reference
-
+        diffusers: Any = import_module("diffusers")
         self.spec = identify(folder)
         self.tokenizer = load_tokenizer(folder, self.spec)
         single = ParallelMesh.single()
         options = LoadOptions(torch.device("cpu"), torch.float32, torch.float32, None, single)
         self.ours = load(self.spec, options)
-        self.theirs: Any = Reference.from_pretrained(folder)
+        self.theirs = diffusers.WanPipeline.from_pretrained(folder)
         self.theirs.set_progress_bar_config(disable=True)
         self.schedulers: Mapping[str, Any] = {
             "unipc": self.theirs.scheduler,
-            "euler": FlowMatchEulerDiscreteScheduler(shift=self.ours.flow.shift),
+            "euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=self.ours.flow.shift),
         }
 
     def request(self, case: Case) -> GenerationRequest:
@@ -231,10 +230,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model_path
         if folder is None:
-            from make_checkpoint import make
-
             folder = Path(scratch)
-            make("wan2.1-t2v", folder)
+            import_module("make_checkpoint").make("wan2.1-t2v", folder)
         fine = print_table(Parity(folder))
     verdict = "held" if fine else "NOT held"
     print(f"\nTolerance {TOLERANCE:.0e}; controls must exceed {CONTROL_FACTOR} times that: {verdict}.")
