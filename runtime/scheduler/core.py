@@ -1,0 +1,152 @@
+"""The request scheduler's core: events and a clock value in, actions out. Pure: no I/O, no clock, no torch.
+
+The order of events decides everything, so a run can be replayed, simulated at scale and tested over random histories.
+See docs/architecture.md for the rules; the modules beside this one hold them: submissions (clients), lifecycle (a
+job's turns), planning (plans), fleet (groups), deliveries (output), checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from safelight.runtime import messages as m
+from safelight.runtime.errors import SafelightError
+from safelight.runtime.scheduler import deliveries, fleet, lifecycle, planning, submissions
+from safelight.runtime.scheduler.events import (
+    Action,
+    ClientSaid,
+    CoreEvent,
+    JournalCommitted,
+    OutputSaid,
+    OutputUnreachable,
+    RankSaid,
+    RankUnreachable,
+    SupervisorSaid,
+    Tick,
+)
+from safelight.runtime.scheduler.jobs import Ended, Job, Stage
+from safelight.runtime.scheduler.records import History, TerminalRecord
+from safelight.runtime.scheduler.state import CoreConfig, State
+
+RECOVERY_S = 15.0  # how long a group of an earlier scheduler may take to show itself
+SAVING_S = 5.0
+
+
+class SchedulerCore:
+    """One scheduler process's decisions. `epoch` was raised in the journal before; `histories` is what it holds."""
+
+    def __init__(self, config: CoreConfig, epoch: int, histories: Iterable[History] = (), now: float = 0.0) -> None:
+        self.state = State(config, epoch, now)
+        self._recovered_at = now
+        if epoch > 1:
+            self.state.unsettled = set(self.state.groups)
+        for history in histories:
+            _recover(self.state, history)
+
+    def handle(self, event: CoreEvent, now: float) -> list[Action]:
+        """Everything that follows from one event, in the order in which it has to be carried out."""
+        s = self.state
+        s.now = max(s.now, now)
+        self._dispatch(event)
+        lifecycle.admit(s)
+        for group in s.groups.values():
+            planning.plan(s, group)
+        lifecycle.admit(s)  # planning may have made room
+        if s.draining:
+            self._drain()
+        actions, s.actions = s.actions, []
+        return actions
+
+    def _dispatch(self, event: CoreEvent) -> None:
+        s = self.state
+        if isinstance(event, RankSaid):
+            fleet.rank_said(s, event.message)
+        elif isinstance(event, OutputSaid):
+            deliveries.said(s, event.message)
+        elif isinstance(event, JournalCommitted):
+            s.committed(event.token)
+        elif isinstance(event, ClientSaid):
+            submissions.said(s, event.identity, event.message)
+        elif isinstance(event, Tick):
+            self._tick()
+        elif isinstance(event, SupervisorSaid):
+            self._supervisor_said(event.message)
+        elif isinstance(event, RankUnreachable):
+            fleet.rank_unreachable(s, event.group, event.rank, event.group_epoch)
+        elif isinstance(event, OutputUnreachable):
+            s.output.ready = False
+
+    def _supervisor_said(self, message: m.ToControlled) -> None:
+        s = self.state
+        if isinstance(message, m.Drain):
+            s.draining, s.drain_until = True, s.now + message.grace_s
+        elif not isinstance(message, m.Shutdown):  # which ends the process: main.py
+            fleet.supervisor_said(s, message)
+
+    def _tick(self) -> None:
+        s = self.state
+        submissions.expire(s)
+        fleet.watch(s)
+        if s.awaiting and s.now > self._recovered_at + RECOVERY_S:
+            for group in list(s.awaiting):
+                fleet.release_awaiting(s, group)
+        s.admit_due = True
+
+    def _drain(self) -> None:
+        s = self.state
+        if s.now >= s.drain_until and not s.stopped:
+            _stop(s)
+        over = not s.jobs or (s.stopped and (not s.saving or s.now > s.drain_until + SAVING_S))
+        if over and s.journal_idle and not s.drained:
+            s.drained = True
+            s.to_supervisor(m.Drained())
+
+
+def _stop(s: State) -> None:
+    """The grace is over: attached jobs end, detached ones are saved where they stand and go on at the next start."""
+    s.stopped = True
+    for job in list(s.jobs.values()):
+        run = job.run
+        if job.attached:
+            lifecycle.end(s, job, m.Status.CANCELLED, m.ErrorInfo("cancelled", "the server was shut down"))
+        elif run is not None and run.planned.stage == Stage.DENOISE and run.planned.k > 0:
+            at = run.planned
+            s.groups[run.group].control.append(m.Checkpoint(*run.key, at.index, at.k))
+            s.saving.add(run.key)
+    for group in s.groups.values():
+        planning.plan(s, group)
+
+
+def _recover(s: State, history: History) -> None:
+    """One job of the journal: ended, waiting for the group that had it, or waiting."""
+    submit, admission = history.submit, history.admission
+    s.next_seq = max(s.next_seq, submit.seq + 1)
+    r = submit.request
+    if history.terminal is not None:
+        opening = m.OpenJob(submit.job, submit.owner, r.media, r.fps, r.num_frames, r.height, r.width, r.num_outputs)
+        s.ended[submit.job] = Ended(submit.body_sha256, opening, history.terminal)
+        lifecycle.publish(s, history.terminal)
+        return
+    try:
+        profile = s.config.profile_of(r)
+    except SafelightError as error:  # accepted under another model
+        failed = TerminalRecord(submit.job, m.Status.FAILED, (), m.ErrorInfo(error.code, error.message, error.param))
+        s.journal(failed, partial(_recover, s, replace(history, terminal=failed)))
+        return
+    job = Job(
+        submit.job, submit.owner, submit.seq, submit.body_sha256, r, profile, submit.attached, submit.priority,
+        submit.accepted_at, submit.deadline_at, s.now + submissions.LEASE_S, accepted=True,
+        checkpoint=history.checkpoint, artifacts=dict(history.artifacts),
+    )  # fmt: skip
+    s.jobs[job.id] = job
+    submissions.watch(s, job)
+    if job.next_index >= profile.outputs:
+        lifecycle.end(s, job, m.Status.COMPLETED)
+    elif admission is None:
+        lifecycle.enqueue(s, job)
+    else:
+        job.attempt, job.home, job.requeued = admission.attempt, admission.group, True
+        job.suspect_until, job.alone_deaths = admission.suspect_until, admission.alone_deaths
+        s.awaiting.setdefault(admission.group, []).append(job)

@@ -1,0 +1,89 @@
+"""Predicts what ops cost: milliseconds per unit of work, learned from measured plans.
+
+A rate belongs to (kind of op, weights id). Until it is measured it is a prior for the device: 300 TFLOP/s on a GPU,
+0.03 on a CPU (units are TFLOP, see configs/profile.py).
+"""
+
+from __future__ import annotations
+
+from safelight.configs.profile import JobProfile
+from safelight.runtime.messages import Decode, Denoise, Encode, Op, Prepare
+from safelight.runtime.scheduler.jobs import Cursor, Stage
+
+CUDA_MS_PER_UNIT = 3.3
+CPU_MS_PER_UNIT = 33_000.0
+PREPARE_MS = 5.0
+EWMA = 0.2
+
+RateKey = tuple[str, str]
+
+
+class CostModel:
+    """Rates in ms per unit, one EWMA each."""
+
+    def __init__(self) -> None:
+        self._rates: dict[RateKey, float] = {}
+        self._prior = CPU_MS_PER_UNIT
+
+    def use_device(self, device: str) -> None:
+        """Chooses the prior by the device type that a worker reports ("cuda", "cuda:0", "cpu")."""
+        self._prior = CUDA_MS_PER_UNIT if device.startswith("cuda") else CPU_MS_PER_UNIT
+
+    def rate(self, key: RateKey) -> float:
+        """ms per unit, measured or prior. A prepare is one unit."""
+        return self._rates.get(key) or (PREPARE_MS if key[0] == "prepare" else self._prior)
+
+    def learn(self, op: Op, profile: JobProfile, ms: float) -> None:
+        """Takes in one measured op; ops without a cost of their own teach nothing."""
+        key, units = _work(op, profile)
+        if units <= 0 or ms <= 0:
+            return
+        measured = ms / units
+        old = self._rates.get(key)
+        self._rates[key] = measured if old is None else old + EWMA * (measured - old)
+
+    def op_ms(self, op: Op, profile: JobProfile) -> float:
+        """Predicted ms of one op."""
+        key, units = _work(op, profile)
+        return units * self.rate(key) if units else 0.0
+
+    def step_ms(self, profile: JobProfile) -> float:
+        """The longest single step of a job."""
+        return max(p.step_cost * self.rate(("denoise", p.weights_id)) for p in profile.phases)
+
+    def remaining_ms(self, profile: JobProfile, at: Cursor, outputs_left: int) -> float:
+        """Everything that is left from `at` on, when `outputs_left` outputs (the current one included) are undone."""
+        family = profile.family
+        encode = profile.encode_cost * self.rate(("encode", family)) if at.stage == Stage.ENCODE else 0.0
+        chunks = len(profile.chunk_frames)
+        decode = profile.decode_chunk_cost * self.rate(("decode", family))
+        whole = self._denoise_ms(profile, 0) + chunks * decode
+        if at.stage <= Stage.PREPARE:
+            current = whole
+        elif at.stage == Stage.DENOISE:
+            current = self._denoise_ms(profile, at.k) + chunks * decode
+        else:
+            current = (chunks - at.k) * decode if at.stage == Stage.DECODE else 0.0
+        return encode + current + max(0, outputs_left - 1) * whole
+
+    def _denoise_ms(self, profile: JobProfile, step: int) -> float:
+        total, end = 0.0, profile.steps
+        for phase in reversed(profile.phases):
+            left = end - max(step, phase.first_step)
+            if left > 0:
+                total += left * phase.step_cost * self.rate(("denoise", phase.weights_id))
+            end = phase.first_step
+        return total
+
+
+def _work(op: Op, profile: JobProfile) -> tuple[RateKey, float]:
+    if isinstance(op, Denoise):
+        phase = profile.phase_at(op.units[0].step) if len(profile.phases) > 1 else profile.phases[0]
+        return ("denoise", phase.weights_id), phase.step_cost * len(op.units)
+    if isinstance(op, Decode):
+        return ("decode", profile.family), profile.decode_chunk_cost
+    if isinstance(op, Encode):
+        return ("encode", profile.family), profile.encode_cost
+    if isinstance(op, Prepare):
+        return ("prepare", profile.family), 1.0
+    return ("", ""), 0.0

@@ -1,0 +1,186 @@
+"""What clients say: submit, cancel, renew, ask. A reply that promises something follows the journal's commit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import partial
+
+import msgspec
+
+from safelight.runtime import messages as m
+from safelight.runtime.errors import SafelightError
+from safelight.runtime.scheduler import lifecycle
+from safelight.runtime.scheduler.jobs import WIRE_STAGE, Ended, Job
+from safelight.runtime.scheduler.records import SubmitRecord
+from safelight.runtime.scheduler.state import State
+
+LEASE_S = 10.0
+MAX_RETRY_AFTER_S = 110.0  # the OpenAI SDK gives up above 120
+_JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")  # it becomes part of file names
+
+
+def said(s: State, identity: bytes, message: m.ToScheduler) -> None:
+    if isinstance(message, m.Submit):
+        error = _submit(s, identity, message)
+        if error is not None:
+            s.to_client(identity, m.Refused(message.job, error))
+    elif isinstance(message, m.Cancel):
+        _cancel(s, identity, message)
+    elif isinstance(message, m.RenewLease):
+        for job in filter(None, map(s.jobs.get, message.jobs)):
+            if job.owner == message.owner:
+                job.lease_until = s.now + LEASE_S
+    elif isinstance(message, m.QueryJob):
+        s.to_client(identity, _job_state(s, message) or m.Refused(message.job, _not_found(message.job)))
+    else:
+        s.to_client(identity, server_status(s))
+
+
+def _submit(s: State, identity: bytes, message: m.Submit) -> m.ErrorInfo | None:
+    """The refusal, or None when the job is on its way to being accepted."""
+    body = hashlib.sha256(
+        msgspec.msgpack.encode((message.request, message.attached, message.priority, message.deadline_s))
+    ).digest()
+    known: Job | Ended | None = s.jobs.get(message.job) or s.ended.get(message.job)
+    if known is not None:
+        return _submit_again(s, identity, message, body, known)
+    if s.draining:
+        return m.ErrorInfo("overloaded", "the server is shutting down and takes no new jobs; try again after its start")
+    if all(g.phase == "given up" for g in s.groups.values()):
+        return m.ErrorInfo("worker_lost", "no worker group is left; see the server's log and start it again")
+    if waiting(s) >= s.config.max_queue:
+        return _overloaded(s)
+    job = _new_job(s, message, body)
+    if isinstance(job, m.ErrorInfo):
+        return job
+    if (error := lifecycle.never_fits(s, job)) is not None:
+        return error
+    s.next_seq += 1
+    s.jobs[job.id] = job
+    job.submitters.append((identity, False))
+    record = SubmitRecord(
+        job.id, job.owner, job.seq, body, job.request, job.attached, job.priority, job.accepted_at, job.deadline_at
+    )
+    s.journal(record, partial(_accepted, s, job))
+    watch(s, job)
+    return None
+
+
+def _new_job(s: State, message: m.Submit, body: bytes) -> Job | m.ErrorInfo:
+    if not _JOB_ID.fullmatch(message.job):
+        return m.ErrorInfo("invalid_request", f"job id expected as a ULID, got {message.job[:80]!r}", param="job")
+    try:
+        profile = s.config.profile_of(message.request)
+    except SafelightError as error:
+        return m.ErrorInfo(error.code, error.message, error.param)
+    if s.config.slot_count < 1 or profile.chunk_bytes > s.config.slot_bytes:
+        return m.ErrorInfo(
+            "too_large",
+            f"one decoded chunk of this request has {profile.chunk_bytes} bytes and a frame slot "
+            f"{s.config.slot_bytes}: ask for a smaller size, or start the server with larger slots",
+        )
+    deadline_at = s.now + message.deadline_s if message.deadline_s is not None else None
+    return Job(
+        message.job, message.owner, s.next_seq, body, message.request, profile, message.attached, message.priority,
+        s.now, deadline_at, s.now + LEASE_S,
+    )  # fmt: skip
+
+
+def _submit_again(s: State, identity: bytes, message: m.Submit, body: bytes, known: Job | Ended) -> m.ErrorInfo | None:
+    owner = known.owner if isinstance(known, Job) else known.opening.owner
+    if owner != message.owner or known.body_sha256 != body:
+        return m.ErrorInfo("conflict", f"job {message.job} exists with another body; use a new id", param="job")
+    if isinstance(known, Job) and not known.accepted:
+        known.submitters.append((identity, True))
+    else:
+        s.to_client(identity, m.Accepted(message.job, existing=True))
+    return None
+
+
+def _accepted(s: State, job: Job) -> None:
+    job.accepted = True
+    position = waiting(s) - 1
+    predicted = lifecycle.backlog_ms(s) / max(1, sum(g.alive for g in s.groups.values()))
+    predicted += lifecycle.remaining_ms(s, job)
+    for identity, existing in job.submitters:
+        s.to_client(identity, m.Accepted(job.id, existing, position, predicted))
+    job.submitters.clear()
+    s.to_output(job.opening)
+    if job.terminal is None:
+        s.to_output(m.Progress(job.id, m.Stage.QUEUED, position=position, eta_ms=predicted))
+        lifecycle.enqueue(s, job)
+
+
+def waiting(s: State) -> int:
+    """Jobs that are in no group."""
+    return len(s.jobs) - sum(len(g.residents) for g in s.groups.values())
+
+
+def _overloaded(s: State) -> m.ErrorInfo:
+    """Asks to come back when a quarter of the work should be gone."""
+    seconds = lifecycle.backlog_ms(s) / 1000 / max(1, sum(g.usable for g in s.groups.values()))
+    retry = min(MAX_RETRY_AFTER_S, max(1.0, seconds / 4))
+    message = f"the queue is full ({s.config.max_queue} jobs wait); try again in {retry:.0f} s"
+    return m.ErrorInfo("overloaded", message, retry_after_s=retry)
+
+
+def _cancel(s: State, identity: bytes, message: m.Cancel) -> None:
+    job, ended = s.jobs.get(message.job), s.ended.get(message.job)
+    if job is not None and job.owner == message.owner:
+        job.cancellers.append(identity)
+        lifecycle.end(s, job, m.Status.CANCELLED, m.ErrorInfo("cancelled", message.reason))
+    elif ended is not None and ended.opening.owner == message.owner:
+        s.to_client(identity, m.CancelAccepted(message.job))
+    else:
+        s.to_client(identity, m.Refused(message.job, _not_found(message.job)))
+
+
+def _not_found(job: str) -> m.ErrorInfo:
+    return m.ErrorInfo("not_found", f"there is no job {job[:80]!r} of this owner")
+
+
+def _job_state(s: State, query: m.QueryJob) -> m.JobState | None:
+    job, ended = s.jobs.get(query.job), s.ended.get(query.job)
+    if job is not None and job.owner == query.owner:
+        stage = WIRE_STAGE[job.run.done.stage] if job.run is not None else m.Stage.QUEUED
+        return m.JobState(job.id, stage, artifacts=tuple(job.artifacts[i] for i in sorted(job.artifacts)))
+    if ended is not None and ended.opening.owner == query.owner:
+        t = ended.terminal
+        return m.JobState(query.job, m.Stage.SAVING, t.status, t.artifacts, t.error)
+    return None
+
+
+def server_status(s: State) -> m.ServerStatus:
+    groups = tuple(
+        m.GroupState(g.id, g.epoch, g.phase, sum(r.ready is not None for r in g.ranks.values()), g.world_size)
+        for g in s.groups.values()
+    )
+    queued = waiting(s)
+    ready = s.output.ready and any(g.usable for g in s.groups.values()) and not s.draining
+    return m.ServerStatus(ready, s.draining, groups, s.output.ready, queued, len(s.jobs) - queued)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Leases and deadlines
+
+
+def watch(s: State, job: Job) -> None:
+    """Looks at the job again when its lease or deadline may have passed."""
+    times = [t for t in (job.deadline_at, job.lease_until if job.attached else None) if t is not None]
+    if times:
+        s.wake_at(min(times), job)
+
+
+def expire(s: State) -> None:
+    """Cancels what has outlived its lease or deadline."""
+    while (job := s.due()) is not None:
+        if job.terminal is not None:
+            continue
+        if job.deadline_at is not None and job.deadline_at <= s.now:
+            lifecycle.end(s, job, m.Status.CANCELLED, m.ErrorInfo("cancelled", "the job's deadline has passed"))
+        elif job.attached and job.lease_until <= s.now:
+            error = m.ErrorInfo("cancelled", f"the client did not renew its lease for {LEASE_S:.0f} s")
+            lifecycle.end(s, job, m.Status.CANCELLED, error)
+        else:
+            watch(s, job)
