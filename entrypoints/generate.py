@@ -21,12 +21,14 @@ from safelight.entrypoints.jobs import Job, check_jobs, read_jobs, requests, unk
 from safelight.entrypoints.progress import JsonReporter, PlainReporter, Reporter
 from safelight.entrypoints.saving import file_name, prepare_folder, save
 from safelight.runtime import hub, logs
-from safelight.runtime.errors import JobFailed, SafelightError
+from safelight.runtime.errors import JobFailed, SafelightError, StartupError, WorkerLost
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Event, GenerationRequest, Status
+from safelight.runtime.ulid import new_ulid
 
 _POLL_S = 0.5
 _CANCEL_S = 1.0
+_SUBMIT_TRIES = 60  # of a second: a scheduler that is started again answers well within
 
 
 def run(params: SamplingParams, files: GenerateArgs, args: ServerArgs) -> int:
@@ -107,7 +109,9 @@ class _Run:
                     while waiting and len(running) < self._args.max_queue:
                         job, request = waiting.popleft()
                         try:
-                            running[client.submit(request)] = job
+                            running[_submit(client, server, request)] = job
+                        except StartupError:
+                            raise
                         except SafelightError as error:
                             self._end(job, error)
                     for event in client.poll(_POLL_S):
@@ -147,6 +151,18 @@ class _Run:
     def _end(self, job: Job, error: SafelightError | None) -> None:
         self._failed += error is not None
         self._reporter.ended(job, error)
+
+
+def _submit(client: Client, server: Supervisor, request: GenerationRequest) -> str:
+    """Submits under one id until answered; a server that has failed will not answer."""
+    job = new_ulid()
+    for _ in range(_SUBMIT_TRIES - 1):
+        try:
+            return client.submit(request, job=job, timeout_s=1.0)
+        except WorkerLost:
+            if server.failure:
+                raise server.failure from None
+    return client.submit(request, job=job, timeout_s=1.0)
 
 
 def _kill(server: Supervisor) -> None:
