@@ -147,6 +147,7 @@ def _recover(s: State, history: History) -> None:
     elif admission is None:
         lifecycle.enqueue(s, job)
     else:
-        job.attempt, job.home, job.requeued = admission.attempt, admission.group, True
+        job.attempt, job.requeued = admission.attempt, True
+        job.home, job.home_epoch = admission.group, admission.group_epoch
         job.suspect_until, job.alone_deaths = admission.suspect_until, admission.alone_deaths
         s.awaiting.setdefault(admission.group, []).append(job)

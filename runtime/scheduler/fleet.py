@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from safelight.runtime import messages as m
 from safelight.runtime.scheduler import checkpoints, lifecycle, planning
 from safelight.runtime.scheduler.jobs import Cursor, Run, Stage, at_step
@@ -73,7 +75,7 @@ def kill(s: State, g: Group, reason: str) -> None:
 def _die(s: State, g: Group) -> None:
     g.phase = "dead"
     lifecycle.lose(s, g)
-    release_awaiting(s, g.id)
+    release_awaiting(s, g.id, g.epoch)
 
 
 def _current(s: State, group: int, epoch: int) -> Group | None:
@@ -90,9 +92,7 @@ def _new_epoch(s: State, g: Group, epoch: int) -> None:
     """New processes: those of the old epoch are gone for certain."""
     if g.alive:
         lifecycle.lose(s, g)
-    if g.epoch >= 0:
-        release_awaiting(s, g.id)
-        s.unsettled.discard(g.id)
+    release_awaiting(s, g.id, epoch - 1)
     _gone(s, g)
     g.epoch, g.phase, g.settled = epoch, "starting", False
     g.ranks.clear()
@@ -117,10 +117,14 @@ def _given_up(s: State, g: Group, error: m.ErrorInfo) -> None:
             lifecycle.end(s, job, m.Status.FAILED, error)
 
 
-def release_awaiting(s: State, group: int) -> None:
-    """Jobs that an earlier scheduler had placed in this group will not be found there: they start again."""
-    for job in s.awaiting.pop(group, []):
-        lifecycle.enqueue(s, job)
+def release_awaiting(s: State, group: int, through_epoch: float = math.inf) -> None:
+    """Jobs that an earlier scheduler had placed in these epochs of a group are not there any more: they start again."""
+    waiting = s.awaiting.pop(group, [])
+    if later := [job for job in waiting if job.home_epoch > through_epoch]:
+        s.awaiting[group] = later
+    for job in waiting:
+        if job.home_epoch <= through_epoch:
+            lifecycle.enqueue(s, job)
 
 
 # --------------------------------------------------------------------------------------------------------------------

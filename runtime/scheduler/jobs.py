@@ -94,6 +94,7 @@ class Job:
     suspect_until: int | None = None  # progress it has to pass alone
     alone_deaths: int = 0
     home: int | None = None  # the group where it ran last
+    home_epoch: int = -1
     checkpoint: CheckpointRecord | None = None
     artifacts: dict[int, m.Artifact] = field(default_factory=dict)
     terminal: TerminalRecord | None = None  # decided, not yet journalled

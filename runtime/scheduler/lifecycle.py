@@ -139,13 +139,13 @@ def enter(s: State, g: Group, job: Job) -> None:
     start = Cursor(index, Stage.ENCODE)
     run = Run(job, g.id, job.attempt, start, start, first_take(s), job.resume_ref(index))
     place(s, g, run)
-    record = AdmissionRecord(job.id, job.attempt, g.id, job.suspect_until, job.alone_deaths)
+    record = AdmissionRecord(job.id, job.attempt, g.id, g.epoch, job.suspect_until, job.alone_deaths)
     s.journal(record, partial(_admitted, run))
 
 
 def place(s: State, g: Group, run: Run) -> None:
     """The attempt counts as a resident of the group from now on."""
-    run.job.run, run.job.home = run, g.id
+    run.job.run, run.job.home, run.job.home_epoch = run, g.id, g.epoch
     g.residents[run.job.id] = run
     g.memory.take(run.key, run.job.profile.held_bytes, s.peaks.peak(run.job.profile))
 

@@ -170,8 +170,9 @@ def run_of(g: Group, op: m.Op) -> Run | None:
 
 
 def _learn_peak(s: State, g: Group, op: m.Op, measured: int) -> None:
+    """`measured` counts what is held as well."""
     run = run_of(g, op)
-    if run is not None and s.peaks.learn(op, run.job.profile, measured):
+    if run is not None and s.peaks.learn(op, run.job.profile, measured - g.memory.used):
         for other in g.residents.values():
             g.memory.take(other.key, other.job.profile.held_bytes, s.peaks.peak(other.job.profile))
 

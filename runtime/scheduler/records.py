@@ -42,6 +42,7 @@ class AdmissionRecord(_Record, frozen=True):
 
     attempt: int
     group: int
+    group_epoch: int
     suspect_until: int | None = None
     alone_deaths: int = 0
 
