@@ -238,11 +238,10 @@ class Takes:
 
     def _encode(self, lane: _Lane, chunk: _Chunk) -> None:
         message = chunk.message
-        flat = (
-            self._slots.read_chunk(message.slot, ChunkId.of(message), message.nbytes, message.crc32)
-            if message.slot >= 0
-            else _remote_frames(chunk)
-        )
+        if message.slot == -1:
+            flat = _remote_frames(chunk)
+        else:
+            flat = self._slots.read_chunk(message.slot, ChunkId.of(message), message.nbytes, message.crc32)
         lane.writer.add(flat.reshape(message.frames, message.height, message.width, 3))
 
     def _encoded(self, chunk: _Chunk, lane: _Lane, error: BaseException | None) -> None:
