@@ -59,7 +59,7 @@ def worker_spec(
         vae_precision=automatic if args.vae_precision == "auto" else args.vae_precision,
         checkpoint_dir=str(run.checkpoints),
         slots=pool,
-        num_threads=max(1, usable_cores() // args.num_gpus) if device == "cpu" else 1,
+        num_threads=max(1, usable_cores() // (2 * args.num_gpus)) if device == "cpu" else 1,  # spinning threads suffer
         ranks_on_host=args.num_gpus,
         log_level=args.log_level,
     )
