@@ -22,6 +22,7 @@ for elements of order one (tests/gpu).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,15 @@ def triton_kernels() -> KernelSet:
     )
 
 
-def select_kernels(device: torch.device, *, compiled: bool = False) -> KernelSet:
-    """The fastest set for a device. A model whose blocks torch.compile fuses wants the reference on CUDA as well."""
-    return triton_kernels() if device.type == "cuda" and not compiled else reference_kernels()
+def select_kernels(device: torch.device) -> KernelSet:
+    """The fastest set for a device: fused on CUDA, also in compiled blocks, plain torch elsewhere.
+
+    CUDA without triton (it comes with torch's CUDA wheels on Linux) is served by plain torch, with a warning.
+    """
+    if device.type != "cuda":
+        return reference_kernels()
+    try:
+        return triton_kernels()
+    except ImportError as error:
+        logging.getLogger(__name__).warning("no fused kernels, forwards take a third longer: %s", error)
+        return reference_kernels()

@@ -31,7 +31,7 @@ from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
 from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
 from safelight.runtime.models.wan.pipeline import WanConditioning, WanPipeline
 from safelight.runtime.models.wan.transformer import WanConfig, WanText, WanTransformer
-from safelight.runtime.models.wan.weights import FLOAT32, name_map
+from safelight.runtime.models.wan.weights import name_map, parameter_dtype
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import make_sampler, read_config
@@ -47,7 +47,7 @@ def ours(folder: Path, device: torch.device, kernels: KernelSet, compiled: bool)
         model = WanTransformer(config, ParallelMesh.single(), kernels)
     load_weights(
         model, checkpoint_files(folder), name_map(config), device,
-        lambda name: torch.float32 if any(part in name for part in FLOAT32) else torch.bfloat16,
+        lambda name: parameter_dtype(name, torch.bfloat16),
     )  # fmt: skip
     if compiled:
         model.compile_blocks()

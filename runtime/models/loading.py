@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder. Raises ModelError naming the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}", param="model_path") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: a JSON object expected, got {type(values).__name__}", param="model_path")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safelight.kernels.dispatch import KernelSet, reference_kernels, select_kernels, triton_kernels
 from safelight.runtime.models.wan.transformer import WanConfig, WanText, WanTransformer
-from safelight.runtime.models.wan.weights import FLOAT32
+from safelight.runtime.models.wan.weights import parameter_dtype
 from safelight.runtime.parallel.mesh import ParallelMesh
 
 pytestmark = [
@@ -68,7 +68,7 @@ def build(dtype: torch.dtype, kernels: KernelSet) -> WanTransformer:
     for name, parameter in model.named_parameters():
         fresh = torch.randn(parameter.shape, generator=generator, device="cuda")
         fresh = 1 + 0.1 * fresh if "norm" in name else fresh * parameter.shape[-1] ** -0.5
-        parameter.data = fresh if any(part in name for part in FLOAT32) else fresh.to(dtype)
+        parameter.data = fresh.to(parameter_dtype(name, dtype))
     return model.to("cuda")
 
 

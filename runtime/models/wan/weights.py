@@ -64,6 +64,11 @@ def name_map(config: WanConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of one of our parameters in a model of `dtype`."""
+    return torch.float32 if any(part in name for part in FLOAT32) else dtype
+
+
 def load_transformer(folder: Path, options: LoadOptions) -> WanTransformer:
     """The transformer in `folder` (config.json and safetensors), on `options.device`, ready for inference.
 
@@ -71,14 +76,13 @@ def load_transformer(folder: Path, options: LoadOptions) -> WanTransformer:
     """
     config = WanConfig.from_json(read_json(folder / "config.json"))
     with torch.device("meta"):
-        kernels = select_kernels(options.device, compiled=options.compile)
-        model = WanTransformer(config, options.mesh, kernels)
+        model = WanTransformer(config, options.mesh, select_kernels(options.device))
     load_weights(
         model,
         checkpoint_files(folder),
         name_map(config),
         options.device,
-        lambda name: torch.float32 if any(part in name for part in FLOAT32) else options.dit_dtype,
+        lambda name: parameter_dtype(name, options.dit_dtype),
         ignored=lambda name: "norm_added_q" in name,  # in some published files, used by no layer
     )
     if options.compile:
