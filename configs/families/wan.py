@@ -7,7 +7,6 @@ prompt), and diffusers' WanPipeline (sizes in multiples of 16, 4n + 1 frames, 51
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -59,55 +58,94 @@ CUSTOM = Variant("custom", "", _TASK, _PUBLISHED, "any", "any other checkpoint o
 _WIDTH_OF_SMALL = 1024  # a custom model narrower than this has the built-in model's defaults
 
 
+# What each component config must say: the value of a field that may be absent (what its class takes then), or None
+# for one that must be there.
+_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "transformer": {
+            "num_attention_heads": None,
+            "attention_head_dim": None,
+            "num_layers": None,
+            "ffn_dim": None,
+            "in_channels": None,
+            "text_dim": None,
+            "rope_max_seq_len": 1024,
+            "patch_size": [1, 2, 2],
+        },
+        "vae": {
+            "dim_mult": None,
+            "base_dim": 96,
+            "num_res_blocks": 2,
+            "z_dim": 16,
+            "scale_factor_spatial": 8,
+            "scale_factor_temporal": 4,
+        },
+        "text_encoder": {"d_model": None, "num_layers": None, "num_heads": 6, "d_kv": 64, "d_ff": 1024},
+    }
+)
+_LISTS = MappingProxyType({"dim_mult": 4, "patch_size": 3})  # and how many they have
+
+
 def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
     """Which variant the directory `root` holds. `index` is its parsed model_index.json.
 
-    Raises ModelError: a component's config is missing or cannot be read, or it is another Wan (2.2, image-to-video).
+    The spec's component configs have every field of `_FIELDS`. Raises ModelError: a config is missing, cannot be read
+    or has a wrong field, or it is another Wan (2.2, image to video).
     """
     _refuse_other_tasks(index)
-    transformer = _component(root, "transformer", "config.json", ("num_attention_heads", "attention_head_dim"))
-    if transformer.get("image_dim") is not None or transformer.get("in_channels") != LATENT_CHANNELS:
+    transformer, vae, text_encoder = (_component(root, name, fields) for name, fields in _FIELDS.items())
+    if transformer.get("image_dim") is not None or transformer["in_channels"] != LATENT_CHANNELS:
         raise ModelError(
             f"{root} is not a text-to-video checkpoint: a transformer with {LATENT_CHANNELS} input channels and no "
-            f"image_dim is needed, it has in_channels {transformer.get('in_channels')} and image_dim "
+            f"image_dim is needed, it has in_channels {transformer['in_channels']} and image_dim "
             f"{transformer.get('image_dim')} (image to video is not supported yet)",
             param="model_path",
         )
-    vae = _component(root, "vae", "config.json", ("dim_mult",))
-    if vae.get("z_dim", LATENT_CHANNELS) != LATENT_CHANNELS or vae.get("patch_size") is not None:
+    upsampling = vae.setdefault("temperal_downsample", [False, True, True])
+    if vae["z_dim"] != LATENT_CHANNELS or vae.get("patch_size") is not None or upsampling != [False, True, True]:
         raise ModelError(f"{root / 'vae'} is not the VAE of Wan 2.1 (Wan 2.2 is not supported yet)", param="model_path")
-    text_encoder = _component(root, "text_encoder", "config.json", ("d_model", "num_layers"))
-    sampler = _component(root, "scheduler", "scheduler_config.json", ("_class_name",))
     if text_encoder["d_model"] != transformer["text_dim"]:
         raise ModelError(
             f"{root}: the text encoder is {text_encoder['d_model']} wide, but the transformer reads "
             f"{transformer['text_dim']}; are they of one model?",
             param="model_path",
         )
+    sampler = _read(root / "scheduler" / "scheduler_config.json")
     variant = _variant(transformer, root)
-    name = SAMPLER_OF_CLASS.get(sampler["_class_name"], "unipc")
+    name = SAMPLER_OF_CLASS.get(str(sampler.get("_class_name")), "unipc")
     defaults = SamplingParams(sampler=name).merged_over(variant.defaults)
     return ModelSpec("wan", variant.name, root, _TASK, defaults, transformer, vae, text_encoder, sampler)
 
 
 def _refuse_other_tasks(index: Mapping[str, Any]) -> None:
     second = index.get("transformer_2")
-    if index.get("boundary_ratio") is not None or (isinstance(second, list) and second[0] is not None):
+    if index.get("boundary_ratio") is not None or (isinstance(second, list) and second and second[0] is not None):
         raise ModelError("this is Wan 2.2 with two transformers, which is not supported yet", param="model_path")
     if index.get("expand_timesteps"):
         raise ModelError("this is Wan 2.2 TI2V (expand_timesteps), which is not supported yet", param="model_path")
 
 
-def _component(root: Path, folder: str, file: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    path = root / folder / file
+def _component(root: Path, folder: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    path = root / folder / "config.json"
+    values = _read(path)
+    for name, default in fields.items():
+        value = values.setdefault(name, default)
+        numbers = [value] if name not in _LISTS else value if isinstance(value, list) else []
+        if len(numbers) != _LISTS.get(name, 1) or any(type(number) is not int or number < 1 for number in numbers):
+            kind = f"a list of {_LISTS[name]} positive integers" if name in _LISTS else "a positive integer"
+            raise ModelError(f"{path}: {name} must be {kind}, got {value!r}", param="model_path")
+    return values
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ModelError(f"{path} is missing; is {root} a complete diffusers-format checkpoint?", param="model_path")
+        raise ModelError(f"{path} is missing; a complete checkpoint in diffusers format is needed", param="model_path")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}", param="model_path") from error
-    if not isinstance(values, dict) or any(name not in values for name in fields):
-        raise ModelError(f"{path} must be a JSON object with {', '.join(fields)}", param="model_path")
+    if not isinstance(values, dict) or not values:
+        raise ModelError(f"{path} must be a JSON object with the component's settings", param="model_path")
     return values
 
 
@@ -115,7 +153,7 @@ def _variant(transformer: Mapping[str, Any], root: Path) -> Variant:
     if (root / "vocabulary.json").is_file():
         return BUILTIN
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    published = {(1536, 30): WAN_1_3B, (5120, 40): WAN_14B}.get((width, transformer.get("num_layers", 40)))
+    published = {(1536, 30): WAN_1_3B, (5120, 40): WAN_14B}.get((width, transformer["num_layers"]))
     if published is not None:
         return published
     defaults = _SMALL if width < _WIDTH_OF_SMALL else _PUBLISHED
@@ -125,11 +163,11 @@ def _variant(transformer: Mapping[str, Any], root: Path) -> Variant:
 def validate(spec: ModelSpec, params: SamplingParams) -> None:
     """Raises InvalidRequest naming the first wrong parameter and the nearest values that are right.
 
-    `params` is complete: every field was filled from the defaults.
+    `params` is complete: every field but the seed was filled from the defaults.
     """
-    spatial, temporal = spec.vae.get("scale_factor_spatial", 8), spec.vae.get("scale_factor_temporal", 4)
-    frames, rows, columns = spec.transformer.get("patch_size", (1, 2, 2))
-    longest = spec.transformer.get("rope_max_seq_len", 1024)  # positions along each axis
+    spatial, temporal = spec.vae["scale_factor_spatial"], spec.vae["scale_factor_temporal"]
+    frames, rows, columns = spec.transformer["patch_size"]
+    longest = spec.transformer["rope_max_seq_len"]  # positions along each axis
     _grid("height", params.height, spatial * rows, 0, longest * spatial * rows)
     _grid("width", params.width, spatial * columns, 0, longest * spatial * columns)
     _grid("num_frames", params.num_frames, temporal * frames, 1, 1 + (longest * frames - 1) * temporal)
@@ -153,8 +191,7 @@ def validate(spec: ModelSpec, params: SamplingParams) -> None:
 def _grid(name: str, value: int | None, step: int, offset: int, most: int) -> None:
     """`value` must be step * n + offset with n >= 1 (n >= 0 when there is an offset), and at most `most`."""
     least = offset or step
-    if type(value) is not int:
-        raise InvalidRequest(f"{name} must be an integer; got {value!r}", param=name)
+    assert value is not None, f"{name} was not filled from the defaults"
     rule = f"{name} must be a multiple of {step}" + (f" plus {offset}" if offset else "")
     if value < least or value > most:
         raise InvalidRequest(f"{rule}, from {least} to {most}; got {value}", param=name)
@@ -165,10 +202,8 @@ def _grid(name: str, value: int | None, step: int, offset: int, most: int) -> No
 
 
 def _between(name: str, value: float | None, least: float, most: float) -> None:
-    if value is None or isinstance(value, bool) or not math.isfinite(value) or not least <= value <= most:
+    if value is None or not least <= value <= most:  # NaN fails too
         raise InvalidRequest(f"{name} must be from {least} to {most}; got {value!r}", param=name)
-    if isinstance(least, int) and type(value) is not int:
-        raise InvalidRequest(f"{name} must be an integer; got {value!r}", param=name)
 
 
 FAMILY = Family(

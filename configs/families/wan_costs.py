@@ -27,9 +27,9 @@ T = TypeVar("T")
 def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
     """`params` is complete and valid. See the fields of JobProfile."""
     height, width, frames = _given(params.height), _given(params.width), _given(params.num_frames)
-    spatial, temporal = spec.vae.get("scale_factor_spatial", 8), spec.vae.get("scale_factor_temporal", 4)
+    spatial, temporal = spec.vae["scale_factor_spatial"], spec.vae["scale_factor_temporal"]
     shape = (LATENT_CHANNELS, (frames - 1) // temporal + 1, height // spatial, width // spatial)
-    patch = spec.transformer.get("patch_size", (1, 2, 2))
+    patch = spec.transformer["patch_size"]
     tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
     guided = _given(params.guidance_scale) > 1.0
     branches = 2 if guided else 1
@@ -82,14 +82,14 @@ def _forward_peak_bytes(transformer: Mapping[str, Any], s: int) -> int:
 
 def _encode_flop(encoder: Mapping[str, Any]) -> float:
     """T tokens through projections of width heads * d_kv and a gated feed-forward layer; attention scores are small."""
-    width, inner = int(encoder["d_model"]), int(encoder.get("num_heads", 64)) * int(encoder.get("d_kv", 64))
-    weights = 4 * width * inner + 3 * width * int(encoder.get("d_ff", 4 * width))
+    width, inner = int(encoder["d_model"]), int(encoder["num_heads"]) * int(encoder["d_kv"])
+    weights = 4 * width * inner + 3 * width * int(encoder["d_ff"])
     return 2.0 * TEXT_TOKENS * int(encoder["num_layers"]) * weights
 
 
 def _encode_peak_bytes(encoder: Mapping[str, Any]) -> int:
     """Scores and probabilities of all heads, and the three feed-forward tensors."""
-    heads, d_ff = int(encoder.get("num_heads", 64)), int(encoder.get("d_ff", 4 * int(encoder["d_model"])))
+    heads, d_ff = int(encoder["num_heads"]), int(encoder["d_ff"])
     return _BYTES * TEXT_TOKENS * (3 * heads * TEXT_TOKENS + 3 * d_ff + 4 * int(encoder["d_model"]))
 
 
@@ -106,9 +106,9 @@ def _decode_frame(vae: Mapping[str, Any], h: int, w: int, frames: int) -> _Decod
     on top. Bytes: six activations of the largest level, and the feature cache (two frames before each 3x3x3
     convolution) twice, for the cursor that came in and the one that goes out.
     """
-    base = int(vae.get("decoder_base_dim") or vae.get("base_dim", 96))
-    multipliers, blocks = list(vae["dim_mult"]), int(vae.get("num_res_blocks", 2))
-    upsample_time = list(reversed(vae.get("temperal_downsample", (False, True, True))))
+    base = int(vae.get("decoder_base_dim") or vae["base_dim"])
+    multipliers, blocks = list(vae["dim_mult"]), int(vae["num_res_blocks"])
+    upsample_time = list(reversed(vae["temperal_downsample"]))
     widths = [base * m for m in (multipliers[-1], *reversed(multipliers))]
     time, area = 1, h * w
     flop = 54.0 * area * widths[0] * (LATENT_CHANNELS + 4 * widths[0])
