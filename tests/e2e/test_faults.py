@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from running_server import Running, Start, alive, request
 
-from conftest import Running, Start, alive, request  # noqa: TID251
 from safelight.runtime.errors import SafelightError
 from safelight.runtime.messages import Event, Stage, Status
 
@@ -17,12 +19,16 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 STEPS = 300  # about a second of denoising on the tiny model
 
 
-def pixels(event: Event) -> np.ndarray:  # type: ignore[type-arg]
+Frames = npt.NDArray[np.uint8]
+
+
+def pixels(event: Event) -> Frames:
     assert event.status is Status.COMPLETED, event
-    return np.load(Path(event.artifacts[0].path))
+    frames: Frames = np.load(Path(event.artifacts[0].path))
+    return frames
 
 
-def undisturbed(running: Running, **changes: object) -> np.ndarray:  # type: ignore[type-arg]
+def undisturbed(running: Running, **changes: object) -> Frames:
     return pixels(
         running.terminals([running.client.submit(request(num_inference_steps=STEPS, **changes))]).popitem()[1]
     )
@@ -45,7 +51,7 @@ def test_a_job_resumes_from_its_last_checkpoint_and_not_from_its_start(start: St
     running.kill("worker 0.0")
     running.terminals([job])
     steps = [e.progress.step for e in running.seen[job] if e.progress and e.progress.stage is Stage.DENOISING]
-    back = [after for before, after in zip(steps, steps[1:], strict=False) if after < before]
+    back = [after for before, after in itertools.pairwise(steps) if after < before]
     assert all(step >= 100 for step in back), f"went back to {back}"
 
 
@@ -128,8 +134,9 @@ def test_a_job_that_kills_its_worker_is_quarantined_and_its_neighbours_complete(
             deaths += 1
     ends = running.terminals([poison, *neighbours])
     assert ends[poison].status is Status.FAILED
-    assert ends[poison].error is not None
-    assert ends[poison].error.code == "poisoned"
+    error = ends[poison].error
+    assert error is not None
+    assert error.code == "poisoned"
     assert 2 <= deaths <= 4
     assert all(np.array_equal(pixels(ends[job]), expected) for job in neighbours)
 

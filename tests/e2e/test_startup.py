@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from conftest import Start  # noqa: TID251
+from running_server import Start
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
