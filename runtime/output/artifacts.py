@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safelight.runtime.errors import ProtocolError, StartupError
 
 PARTIAL_SUFFIX = ".partial"
 _JOB = re.compile(r"[0-9A-Za-z]{26}")
+_FINISHED = re.compile(rf"({_JOB.pattern})-\d+-\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +50,34 @@ class Partial:
     def publish(self) -> None:
         """Gives the file its final name, which lasts once the folder is synced. Replaces an earlier take's file."""
         os.rename(self.path, self.final)
-        os.close(self._descriptor)
+        self._close()
 
     def discard(self) -> None:
+        """Deletes the file if it is not published."""
         self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class ArtifactStore:
-    """The artifact folder of one server. Raises StartupError when it cannot be made or written."""
+    """The artifact folder of one server. Raises StartupError when it cannot be made or written.
+
+    It is listed once, at the start; a new scheduler ends up to a thousand jobs again, too many to list it for each.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
+        self._finished: dict[str, set[str]] = defaultdict(set)  # job -> names of files, until the job is pruned
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.sync()
+            for name in os.listdir(self.folder):
+                if match := _FINISHED.match(name):
+                    self._finished[match[1]].add(name)
         except OSError as error:
             raise StartupError(f"cannot use the artifact folder {self.folder}: {error}") from error
         if not os.access(self.folder, os.W_OK | os.X_OK):
@@ -72,6 +87,11 @@ class ArtifactStore:
         """The final name of an output's file. Raises ProtocolError for a job id that is no ULID."""
         check_job_id(job)
         return self.folder / f"{job}-{attempt}-{index}.{extension}"
+
+    def publish(self, job: str, partial: Partial) -> None:
+        """Gives a sealed file its final name."""
+        partial.publish()
+        self._finished[job].add(partial.final.name)
 
     def sync(self) -> None:
         """Makes renames and deletions in the folder last."""
@@ -88,14 +108,11 @@ class ArtifactStore:
             path.unlink(missing_ok=True)
         return stale
 
-    def prune(self, job: str, keep: Iterable[str]) -> list[Path]:
-        """Deletes the job's finished files that are not in `keep` (absolute paths), and returns them."""
-        check_job_id(job)
+    def prune(self, job: str, keep: Iterable[str]) -> None:
+        """Deletes the job's finished files that are not in `keep` (absolute paths)."""
         kept = {os.path.basename(path) for path in keep}
-        extra = [path for path in self.folder.glob(f"{job}-*") if path.name not in kept]
-        for path in extra:
-            path.unlink(missing_ok=True)
-        return extra
+        for name in self._finished.pop(job, set()) - kept:
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def check_job_id(job: str) -> None:

@@ -124,7 +124,7 @@ class Takes:
         self._answer()
 
     def publish(self, job_id: str, keep: Iterable[Artifact]) -> None:
-        """Ends a job: aborts what is open and deletes its files but those in `keep`. Raises OSError, ProtocolError."""
+        """Ends a job: aborts what is open and deletes its files but those in `keep`. Raises OSError."""
         job = self._jobs.pop(job_id, None)
         if job:
             self._abort(job)
@@ -136,6 +136,7 @@ class Takes:
         for job in self._jobs.values():
             self._abort(job)
             job.lanes.clear()
+            job.oldest = 0  # a new scheduler may not know of attempts that nobody journalled
         self._answer()
 
     def _abort(self, job: _Job, attempt: int | None = None) -> None:

@@ -36,9 +36,10 @@ class TakeWriter:
 
     def add(self, frames: Frames) -> None:
         """The next frames (F, H, W, 3); the first ones open the files."""
-        formats = {self._job.media.format} | ({MediaFormat.NPY} if self._job.media.with_frames else set())
-        for format in formats - self._files.keys():
-            self._open(format)
+        media = self._job.media
+        for format in (MediaFormat.NPY, media.format) if media.with_frames else (media.format,):
+            if format not in self._files:
+                self._open(format)
         for file in self._files.values():
             file.encoder.add(frames)
 
@@ -51,7 +52,7 @@ class TakeWriter:
     def publish(self) -> Artifact:
         """Gives the sealed files their names; they last once the folder is synced."""
         for file in self._files.values():
-            file.partial.publish()
+            self._store.publish(self._take.job, file.partial)
         media, files = self._job.media, self._files
         self._files = {}
         main = files[media.format]
