@@ -26,11 +26,9 @@ def said(s: State, message: m.CheckpointCommitted | m.CheckpointFailed) -> None:
 
 
 def _journalled(s: State, job: Job, record: CheckpointRecord) -> None:
-    """The newest checkpoint replaces the one before, unless a later attempt may be reading that."""
+    """The newest checkpoint replaces the one before; a later attempt may still be reading that. What a job has left at
+    its end is deleted when the terminal is journalled, not before: a crash in between resumes from it."""
     old = job.checkpoint
-    if job.terminal is not None or (old is not None and (old.index, old.ref.step) > (record.index, record.ref.step)):
-        s.delete_file(record.ref.path)
-        return
     job.checkpoint = record
     if old is not None and job.run is not None and job.attempt == record.attempt and old.ref.path != record.ref.path:
         s.delete_file(old.ref.path)
