@@ -113,7 +113,7 @@ class _Run:
                         except StartupError:
                             raise
                         except SafelightError as error:
-                            self._end(job, error)
+                            self._end(job, error, [])
                     for event in client.poll(_POLL_S):
                         self._note(running, event)
                     if server.failure:
@@ -130,27 +130,30 @@ class _Run:
             self._reporter.progress(job, event.progress)
         if event.status is None:
             return
-        error = None
+        error: SafelightError | None = None
+        paths: list[Path] = []
         if event.status is not Status.COMPLETED:
             error = error_of(event.error) if event.error else JobFailed(f"the job ended as {event.status}")
         elif self._files.save_output:
-            error = self._save(job, event)
+            try:
+                paths = self._save(job, event)
+            except JobFailed as failed:
+                error = failed
         del running[event.job]
-        self._end(job, error)
+        self._end(job, error, paths)
 
-    def _save(self, job: Job, event: Event) -> SafelightError | None:
+    def _save(self, job: Job, event: Event) -> list[Path]:
+        paths = []
         for artifact in event.artifacts:
             name = file_name(self._files, job.params, job.media.format.value, artifact.index)
-            try:
-                saved, frames = save(artifact, self._folder, name)
-            except JobFailed as error:
-                return error
-            self._paths += [saved, frames] if frames else [saved]
-        return None
+            saved, frames = save(artifact, self._folder, name)
+            paths += [saved, frames] if frames else [saved]
+        return paths
 
-    def _end(self, job: Job, error: SafelightError | None) -> None:
+    def _end(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         self._failed += error is not None
-        self._reporter.ended(job, error)
+        self._paths += paths
+        self._reporter.ended(job, error, paths)
 
 
 def _submit(client: Client, server: Supervisor, request: GenerationRequest) -> str:

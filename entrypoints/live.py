@@ -48,7 +48,7 @@ class LiveReporter(PlainReporter):
         task = self._tasks[job.number]
         self._bars.update(task, total=progress.steps or None, completed=progress.step, state=state)
 
-    def ended(self, job: Job, error: SafelightError | None) -> None:
+    def ended(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         if job.number in self._tasks:
             self._bars.remove_task(self._tasks.pop(job.number))
         if error:

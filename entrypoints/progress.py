@@ -77,8 +77,8 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Something to know that is no error."""
 
-    def ended(self, job: Job, error: SafelightError | None) -> None:
-        """A job is over; its results are saved."""
+    def ended(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
+        """A job is over; its results are saved at `paths`."""
 
     def finish(self, paths: list[Path], failed: int, seconds: float) -> None:
         """All is over: the last thing said is where the results are."""
@@ -108,7 +108,7 @@ class PlainReporter:
             self._said[job.number] = (progress.stage, progress.index, now)
             self.phase(f"{label(job)}: {describe(job, progress)}{pace_text(speed, left)}")
 
-    def ended(self, job: Job, error: SafelightError | None) -> None:
+    def ended(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         self._paces.pop(job.number, None)
         if error or job.total > 1:
             self.phase(f"{label(job)}: " + (f"failed: {error.message}" if error else "done"))
@@ -147,11 +147,12 @@ class JsonReporter:
             values.pop(name, None)
         self._say("progress", number=job.number, steps_per_s=speed, eta_s=left, **values)
 
-    def ended(self, job: Job, error: SafelightError | None) -> None:
+    def ended(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         if error:
             self._say("failed", number=job.number, code=error.code, message=error.message, param=error.param)
         else:
-            self._say("completed", number=job.number, prompt=job.params.prompt, seed=job.params.seed)
+            names = [str(path) for path in paths]
+            self._say("completed", number=job.number, prompt=job.params.prompt, seed=job.params.seed, paths=names)
 
     def finish(self, paths: list[Path], failed: int, seconds: float) -> None:
         self._say("done", paths=[str(path) for path in paths], failed=failed, seconds=round(seconds, 3))
