@@ -40,13 +40,14 @@ class LiveReporter(PlainReporter):
 
     def progress(self, job: Job, progress: messages.Progress) -> None:
         self._bars.update(self._start, visible=False)
-        if job.number not in self._tasks:
+        new = job.number not in self._tasks
+        if new:
             self._tasks[job.number] = self._bars.add_task(label(job), total=None, state="")
         speed, left = self._paces.setdefault(job.number, Pace()).update(progress)
         state = describe(job, progress) + pace_text(speed, left)
         # A total of None is a pulsing bar: stages without steps.
         task = self._tasks[job.number]
-        self._bars.update(task, total=progress.steps or None, completed=progress.step, state=state)
+        self._bars.update(task, total=progress.steps or None, completed=progress.step, state=state, refresh=new)
 
     def ended(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         if job.number in self._tasks:
