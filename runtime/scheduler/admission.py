@@ -71,6 +71,9 @@ class Memory:
     def clear(self) -> None:
         self._held.clear()
 
+    def holds(self, attempt: Attempt) -> bool:
+        return attempt in self._held
+
     def attempts(self) -> list[Attempt]:
         """Everyone who may have something on the device."""
         return list(self._held)

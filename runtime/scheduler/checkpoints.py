@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from safelight.runtime import messages as m
-from safelight.runtime.scheduler.jobs import Job
+from safelight.runtime.scheduler.jobs import Job, Stage
 from safelight.runtime.scheduler.records import CheckpointRecord
+from safelight.runtime.scheduler.slots import Attempt
 from safelight.runtime.scheduler.state import State
 
 
@@ -26,16 +27,29 @@ def said(s: State, message: m.CheckpointCommitted | m.CheckpointFailed) -> None:
 
 
 def _journalled(s: State, job: Job, record: CheckpointRecord) -> None:
-    """The newest checkpoint replaces the one before; a later attempt may still be reading that. What a job has left at
-    its end is deleted when the terminal is journalled, not before: a crash in between resumes from it."""
-    old = job.checkpoint
+    """The newest checkpoint replaces the one before, unless a rank may yet resume from that."""
+    old, run = job.checkpoint, job.run
     job.checkpoint = record
-    if old is not None and job.run is not None and job.attempt == record.attempt and old.ref.path != record.ref.path:
+    if old is None or old.ref.path == record.ref.path:
+        return
+    if run is not None and run.attempt == record.attempt and run.done.stage > Stage.PREPARE:
         s.delete_file(old.ref.path)
+    else:
+        job.leftover.append(old.ref.path)
 
 
-def forget(s: State, job: Job, index: int) -> None:
-    """The output has its file."""
-    if job.checkpoint is not None and job.checkpoint.index == index:
-        s.delete_file(job.checkpoint.ref.path)
-        job.checkpoint = None
+def job_ended(s: State, job: Job) -> None:
+    """The terminal is on disk, so nothing resumes any more, except a plan on its way to the ranks of a dropped attempt:
+    then the files wait for the Drop."""
+    paths = [*job.leftover, job.checkpoint.ref.path] if job.checkpoint is not None else job.leftover
+    if any(g.memory.holds((job.id, job.attempt)) for g in s.groups.values()):
+        s.leftovers[job.id, job.attempt] = paths
+    else:
+        for path in paths:
+            s.delete_file(path)
+
+
+def ranks_let_go(s: State, attempt: Attempt) -> None:
+    """Every rank dropped the attempt, or its group is dead."""
+    for path in s.leftovers.pop(attempt, []):
+        s.delete_file(path)

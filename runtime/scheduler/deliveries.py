@@ -6,7 +6,7 @@ from functools import partial
 from itertools import islice
 
 from safelight.runtime import messages as m
-from safelight.runtime.scheduler import checkpoints, lifecycle, planning
+from safelight.runtime.scheduler import lifecycle, planning
 from safelight.runtime.scheduler.events import SendOutput
 from safelight.runtime.scheduler.jobs import Cursor, Job, Run, Stage
 from safelight.runtime.scheduler.records import ArtifactRecord
@@ -64,7 +64,6 @@ def _saved(s: State, job: Job, run: Run) -> None:
         run.take_open = False
         run.resume = None
         s.admit_due = True
-    checkpoints.forget(s, job, index - 1)
 
 
 def _resume(s: State) -> None:

@@ -96,6 +96,7 @@ class Job:
     home: int | None = None  # the group where it ran last
     home_epoch: int = -1
     checkpoint: CheckpointRecord | None = None
+    leftover: list[str] = field(default_factory=list)  # checkpoint files to delete at the end
     artifacts: dict[int, m.Artifact] = field(default_factory=dict)
     terminal: TerminalRecord | None = None  # decided, not yet journalled
     passed_over: int = 0  # others that entered while this one was first and did not fit

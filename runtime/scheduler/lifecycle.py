@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from safelight.runtime import messages as m
+from safelight.runtime.scheduler import checkpoints
 from safelight.runtime.scheduler.admission import too_large, view
 from safelight.runtime.scheduler.jobs import Cursor, Ended, Job, Run, Stage
 from safelight.runtime.scheduler.policy import JobView
@@ -180,7 +181,9 @@ def lose(s: State, g: Group) -> None:
     """The group died: its jobs start again elsewhere or later, those in unacknowledged plans as suspects."""
     suspects = {job for o in g.outstanding for op in o.plan.ops for job in computing(op)}
     residents = list(g.residents.values())
-    g.dying += g.memory.attempts()
+    for attempt in g.memory.attempts():
+        g.dying.append(attempt)
+        checkpoints.ranks_let_go(s, attempt)
     g.residents.clear()
     g.outstanding.clear()
     g.control.clear()
@@ -242,8 +245,7 @@ def _ended(s: State, job: Job) -> None:
     publish(s, job.terminal)
     for identity in job.cancellers:
         s.to_client(identity, m.CancelAccepted(job.id))
-    if job.checkpoint is not None:
-        s.delete_file(job.checkpoint.ref.path)
+    checkpoints.job_ended(s, job)
     while len(s.ended) > s.config.keep_ended:
         oldest = next(iter(s.ended))
         del s.ended[oldest]

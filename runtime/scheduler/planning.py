@@ -8,7 +8,7 @@ op failed, the later ops of its job come back as errors of an attempt that was d
 from __future__ import annotations
 
 from safelight.runtime import messages as m
-from safelight.runtime.scheduler import lifecycle
+from safelight.runtime.scheduler import checkpoints, lifecycle
 from safelight.runtime.scheduler.jobs import Run, Stage
 from safelight.runtime.scheduler.state import Group, Outstanding, State
 
@@ -129,6 +129,7 @@ def _settle(s: State, g: Group, finished: Outstanding) -> None:
         if isinstance(op, m.Drop):
             g.memory.give_back((op.job, op.attempt))
             s.slots.ranks_let_go(op.job, op.attempt)
+            checkpoints.ranks_let_go(s, (op.job, op.attempt))
             s.admit_due = True
         else:
             _settle_op(s, g, op, results)

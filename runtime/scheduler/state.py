@@ -27,7 +27,7 @@ from safelight.runtime.scheduler.events import (
 from safelight.runtime.scheduler.jobs import Ended, Job, Run
 from safelight.runtime.scheduler.policy import Policy
 from safelight.runtime.scheduler.records import Record
-from safelight.runtime.scheduler.slots import SlotLedger
+from safelight.runtime.scheduler.slots import Attempt, SlotLedger
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Group:
     residents: dict[str, Run] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
     budget_known: bool = False
-    dying: list[tuple[str, int]] = field(default_factory=list)  # attempts whose ranks may still write to slots
+    dying: list[Attempt] = field(default_factory=list)  # attempts whose ranks may still write to slots
 
     @property
     def alive(self) -> bool:
@@ -125,6 +125,7 @@ class State:
     drain_until: float = 0.0
     stopped: bool = False  # the grace is over: nothing more is planned
     saving: set[tuple[str, int]] = field(default_factory=set)  # attempts whose last checkpoint is being written
+    leftovers: dict[Attempt, list[str]] = field(default_factory=dict)  # files that a dropped attempt may still read
     drained: bool = False
     admit_due: bool = True  # something changed that may let a job enter a group
     actions: list[Action] = field(default_factory=list)

@@ -48,7 +48,9 @@ class Violation(AssertionError):
     """A promise of the scheduler is broken."""
 
 
-def make_request(steps: int = 4, outputs: int = 1, chunks: int = 2, size: int = 1, prompt: str = "") -> m.GenerationRequest:
+def make_request(
+    steps: int = 4, outputs: int = 1, chunks: int = 2, size: int = 1, prompt: str = ""
+) -> m.GenerationRequest:
     """`size` scales cost and memory; `prompt` "killer:P" kills a rank at progress P, "failing:P" is an op's error."""
     return m.GenerationRequest(
         prompt, "", {}, 8 * size, 8, chunks, 8, steps, 1.0, 0, outputs, "euler", m.MediaSpec(m.MediaFormat.PNG)
@@ -107,7 +109,15 @@ class FakeRank:
     def beat_as(self, ready: bool) -> None:
         self.say(
             m.Heartbeat(
-                self.group, self.rank, self.world_size, self.epoch, 1, ready, self.received_epoch, self.received, self.done
+                self.group,
+                self.rank,
+                self.world_size,
+                self.epoch,
+                1,
+                ready,
+                self.received_epoch,
+                self.received,
+                self.done,
             )
         )
 
@@ -181,9 +191,7 @@ class FakeOutput:
                 return message  # it was meant for the process before this one
             old = self.lanes.get((message.job, message.index))
             age = (message.attempt, message.take)
-            if message.attempt >= self.oldest[message.job] and (
-                old is None or age > (old.take.attempt, old.take.take)
-            ):
+            if message.attempt >= self.oldest[message.job] and (old is None or age > (old.take.attempt, old.take.take)):
                 self.close(old)
                 self.oldest[message.job] = message.attempt
                 self.lanes[message.job, message.index] = Lane(message)
@@ -275,7 +283,7 @@ class World:
         self.deaths = 0
         self.lost_output_messages = 0
         self.drained = False
-        self.deleted: list[str] = []
+        self.files: set[str] = set()
         for group in range(groups):
             self.start_group(group)
 
@@ -297,7 +305,7 @@ class World:
         elif isinstance(action, SendSupervisor):
             self._supervise(action.message)
         elif isinstance(action, DeleteFile):
-            self.deleted.append(action.path)
+            self.files.discard(action.path)
 
     def _send_rank(self, action: SendRank) -> None:
         members = self.ranks[action.group]
@@ -509,9 +517,7 @@ class World:
         if len(rank.results) == len(plan.ops):
             rank.plans.popleft()
             rank.done = plan.number
-            done = m.PlanDone(
-                plan.scheduler_epoch, rank.group, rank.rank, rank.epoch, plan.number, tuple(rank.results)
-            )
+            done = m.PlanDone(plan.scheduler_epoch, rank.group, rank.rank, rank.epoch, plan.number, tuple(rank.results))
             rank.results = []
             rank.say(done)
         if rank.inbox and self.random.random() < 0.5:
@@ -535,7 +541,7 @@ class World:
         profile = profile_of(rank.requests[key])
         if isinstance(op, m.Prepare):
             states[op.index] = op.resume.step if op.resume else 0
-            if op.resume is not None and op.resume.path in self.deleted:
+            if op.resume is not None and op.resume.path not in self.files:
                 raise Violation(f"{op.resume.path} was deleted before it was resumed from")
         elif isinstance(op, m.Denoise):
             if states[unit.index] != op.units[0].step:
@@ -552,6 +558,7 @@ class World:
                 return missing
             if rank.rank == 0:
                 ref = m.CheckpointRef(f"/{op.job}-{op.attempt}-{op.index}-{op.step}", op.step, "0")
+                self.files.add(ref.path)
                 rank.say(m.CheckpointCommitted(rank.group, rank.epoch, op.job, op.attempt, op.index, ref))
         elif isinstance(op, m.Release):
             del states[op.index]
@@ -582,7 +589,11 @@ class World:
     def _check_memory(self, rank: FakeRank, op: m.Op) -> None:
         unit = op.units[0] if isinstance(op, m.Denoise) else op
         profile = profile_of(rank.requests[unit.job, unit.attempt])
-        peaks = {m.Encode: profile.encode_peak_bytes, m.Denoise: profile.step_peak_bytes, m.Decode: profile.decode_peak_bytes}
+        peaks = {
+            m.Encode: profile.encode_peak_bytes,
+            m.Denoise: profile.step_peak_bytes,
+            m.Decode: profile.decode_peak_bytes,
+        }
         if rank.used() + peaks.get(type(op), 0) > BUDGET:
             raise Violation(f"{rank.used()} bytes held and {peaks.get(type(op), 0)} for {op}: more than {BUDGET}")
 
