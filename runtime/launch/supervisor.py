@@ -44,8 +44,9 @@ from safelight.runtime.messages import (
 
 SILENCE_S = 5.0  # of scheduler or output, when the kernel says that the process is stopped
 HANG_S = 30.0  # of scheduler or output, whatever the kernel says
-MAX_FAILED_STARTS = 3  # of a group or child in a row, before it is given up
-STABLE_S = 10.0  # a child that lived this long may fail MAX_FAILED_STARTS times again
+MAX_FAILED_STARTS = 3  # of a group or child in a row that never came up, before it is given up
+MAX_DEATHS = 20  # of a child within DEATHS_S: it dies of something that starting again does not mend
+DEATHS_S = 60.0
 _FINAL_ERRORS = (ConfigError.code, ModelError.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Supervisor:
         self._groups = [Group(number) for number in range(args.replicas)]
         self._children: dict[str, Child] = {}
         self._child_starts: dict[str, list[float]] = {"scheduler": [], "output": []}
+        self._failed_starts = {"scheduler": 0, "output": 0}
         self._run_folder: RunFolder | None = None
         self._pool: SlotPool | None = None
         self._context: zmq.Context[Any] = zmq.Context()
@@ -254,7 +256,7 @@ class Supervisor:
         assert self._run_folder is not None
         assert self._pool is not None
         now = time.monotonic()
-        self._child_starts[role] = [t for t in self._child_starts[role] if now - t < STABLE_S] + [now]
+        self._child_starts[role] = [t for t in self._child_starts[role] if now - t < DEATHS_S] + [now]
         if role == "scheduler":
             spec = specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root, self._world_size)
             self._children[role] = start_child(role, spec, now)
@@ -269,8 +271,9 @@ class Supervisor:
         if self._stopping:
             return
         log.error("%s ended with %d: starting it again", child.role, code)
-        if error or len(self._child_starts[child.role]) > MAX_FAILED_STARTS:
-            reason = error.message if error else f"it ended with exit code {code} {MAX_FAILED_STARTS} times in a row"
+        failed = self._failed_starts[child.role] = 0 if child.instance else self._failed_starts[child.role] + 1
+        if error or failed >= MAX_FAILED_STARTS or len(self._child_starts[child.role]) > MAX_DEATHS:
+            reason = error.message if error else f"it ended with exit code {code} again and again"
             self._fail(f"the {child.role} cannot run: {reason}")
             return
         self._start_child(child.role)

@@ -89,6 +89,7 @@ class Running:
 
         deadline = time.monotonic() + timeout_s
         while len(done()) < len(jobs):
+            assert self.server.failure is None, self.server.failure
             assert time.monotonic() < deadline, f"no terminal in {timeout_s:.0f} s: {self.seen}"
             for event in self.client.poll(1.0):
                 self.seen.setdefault(event.job, []).append(event)
