@@ -120,3 +120,12 @@ def test_doctor_reports_without_importing_torch_itself() -> None:
     assert done.returncode == 0
     # The import profile of doctor itself; those of the Pythons that it asks are captured by it.
     assert not any(line.rpartition("|")[2].strip() == "torch" for line in done.stderr.splitlines())
+
+
+def test_the_documentation_lists_every_option_with_its_help() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    for config in (SamplingParams, GenerateArgs, ServerArgs):
+        for field in fields(config):
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| `{flag(field.name)}`")]
+            assert row.endswith(f"| {field.metadata['help']} |")
+            assert all(choice in row for choice in field.metadata["choices"])
