@@ -1,7 +1,7 @@
 # A GPU image. Run it with --gpus all and enough shared memory for the frame slots, for example --shm-size 2g:
 #   docker build -t safelight . && docker run --gpus all --shm-size 2g -v "$PWD/outputs:/work/outputs" safelight \
 #       generate --prompt "a red apple on a blue background"
-FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
+FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
