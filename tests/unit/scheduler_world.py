@@ -385,14 +385,16 @@ class World:
         self.to_core.append(m.RankExited(group, self.group_epoch[group], "killed"))
         self.start_group(group)
 
-    def restart_scheduler(self) -> None:
+    def restart_scheduler(self, lossless: bool = False) -> None:
         """The process dies with part of its queued writes done and part of its messages on the way."""
+        if lossless:
+            self.commit()
         for _ in range(self.random.randint(0, len(self.unwritten))):
             self.records.append(self.unwritten.popleft()[1])
         self.unwritten.clear()
         self.to_core.clear()
         everyone = [r for members in self.ranks.values() for r in members]
-        for rank in everyone:
+        for rank in [] if lossless else everyone:
             _lose_prefix(rank.outbox, self.random)
             _lose_suffix(rank.inbox, self.random)
         _lose_prefix(self.output.outbox, self.random)

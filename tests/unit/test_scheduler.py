@@ -1,0 +1,452 @@
+"""The core's rules one by one, in the world of scheduler_world."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.unit.scheduler_world import BUDGET, World, make_request, profile_of
+
+from safelight.runtime import messages as m
+from safelight.runtime.errors import ConfigError
+from safelight.runtime.scheduler import policy
+from safelight.runtime.scheduler.cost import CostModel
+from safelight.runtime.scheduler.events import ClientSaid, CoreEvent, OutputSaid, RankSaid, SendClient, SupervisorSaid
+from safelight.runtime.scheduler.jobs import Cursor, Stage
+from safelight.runtime.scheduler.policy import JobView
+from safelight.runtime.scheduler.records import CheckpointRecord
+
+
+def settled(**options: Any) -> World:
+    """A world whose groups and output are ready."""
+    world = World(**options)
+    for _ in range(3):
+        world.tick()
+        world.sweep()
+    return world
+
+
+def ask(world: World, message: m.ToScheduler) -> Any:
+    """The answer to a client's message, which has to come at once."""
+    actions = world.core.handle(ClientSaid(b"asker", message), world.now)
+    answers = [a.message for a in actions if isinstance(a, SendClient)]
+    assert len(answers) == 1
+    return answers[0]
+
+
+def tell(world: World, event: CoreEvent) -> list[Any]:
+    return [getattr(a, "message", a) for a in world.core.handle(event, world.now)]
+
+
+def ops_of(world: World, job: str) -> list[m.Op]:
+    found = []
+    for _, plan in sorted(world.plans.items()):
+        for op in plan.ops:
+            name = op.units[0].job if isinstance(op, m.Denoise) else op.job
+            found += [op] if name == job else []
+    return found
+
+
+def test_one_job_walks_the_line() -> None:
+    world = settled(checkpoint_every=2)
+    world.submit("a", make_request(steps=3, outputs=2, chunks=2))
+    world.quiesce()
+    kinds = [type(op).__name__ for op in ops_of(world, "a")]
+    one = ["Prepare", "Denoise", "Denoise", "Checkpoint", "Denoise", "Decode", "Decode"]
+    assert kinds == ["Encode", *one, "Release", *one, "Drop"]
+    assert world.published["a"].status == m.Status.COMPLETED
+    assert world.files == set()
+
+
+def test_the_same_submit_returns_the_existing_job_and_another_body_conflicts() -> None:
+    world = settled()
+    world.submit("a", make_request())
+    world.sweep()
+    again = ask(world, world.submits["a"])
+    assert again == m.Accepted("a", existing=True)
+    other = ask(world, m.Submit("a", "me", make_request(steps=9)))
+    assert (other.error.code, other.error.param) == ("conflict", "job")
+    stranger = ask(world, m.Submit("a", "someone else", world.submits["a"].request))
+    assert stranger.error.code == "conflict"
+    world.quiesce()
+    assert ask(world, world.submits["a"]) == m.Accepted("a", existing=True)
+
+
+def test_nothing_is_answered_before_the_journal_has_it() -> None:
+    world = settled()
+    said = tell(world, ClientSaid(b"c", m.Submit("a", "me", make_request())))
+    assert not any(isinstance(s, m.Accepted | m.OpenJob) for s in said)
+
+
+@pytest.mark.parametrize("message", [m.Cancel("a", "other"), m.Cancel("b", "me"), m.QueryJob("a", "other")])
+def test_jobs_of_others_are_not_found(message: m.ToScheduler) -> None:
+    world = settled()
+    world.submit("a", make_request())
+    world.sweep()
+    assert ask(world, message).error.code == "not_found"
+
+
+def test_a_request_that_the_family_refuses_is_refused_with_its_parameter() -> None:
+    refused = ask(settled(), m.Submit("a", "me", make_request(steps=0)))
+    assert (refused.error.code, refused.error.param) == ("invalid_request", "num_inference_steps")
+
+
+@pytest.mark.parametrize("job", ["", "../../etc/passwd", "a" * 65, "a b"])
+def test_job_ids_that_could_become_other_paths_are_refused(job: str) -> None:
+    refused = ask(settled(), m.Submit(job, "me", make_request()))
+    assert (refused.error.code, refused.error.param) == ("invalid_request", "job")
+
+
+def test_what_can_never_fit_is_refused_with_the_figures() -> None:
+    refused = ask(settled(), m.Submit("a", "me", make_request(size=4)))
+    assert refused.error.code == "too_large"
+    assert f"{BUDGET / 1e9:.3f} GB" in refused.error.message
+
+
+def test_what_does_not_fit_is_failed_when_memory_becomes_known_after_the_submit() -> None:
+    world = World()
+    world.submit("a", make_request(size=4))
+    world.quiesce()
+    error = world.published["a"].error
+    assert error is not None
+    assert error.code == "too_large"
+
+
+def test_a_chunk_larger_than_a_slot_is_refused() -> None:
+    refused = ask(settled(), m.Submit("a", "me", make_request(size=101)))
+    assert refused.error.code == "too_large"
+    assert "slot" in refused.error.message
+
+
+def test_a_full_queue_refuses_with_an_estimate() -> None:
+    world = settled(max_queue=3)
+    for n in range(3):
+        world.submit(f"j{n}", make_request())
+    refused = ask(world, m.Submit("late", "me", make_request()))
+    assert refused.error.code == "overloaded"
+    assert 1.0 <= refused.error.retry_after_s <= 110.0
+    world.quiesce()
+
+
+def test_a_lease_that_is_not_renewed_cancels_the_job() -> None:
+    world = World()  # no worker is ready, so the job waits
+    world.submit("gone", make_request(prompt="abandoned"))
+    world.submit("here", make_request())
+    world.submit("detached", make_request(prompt="abandoned"), attached=False)
+    world.commit()
+    for _ in range(11):
+        world.tick()
+    world.quiesce()
+    assert {j: p.status for j, p in world.published.items()} == {
+        "gone": m.Status.CANCELLED, "here": m.Status.COMPLETED, "detached": m.Status.COMPLETED,
+    }  # fmt: skip
+
+
+def test_a_deadline_cancels() -> None:
+    world = World()
+    world.submit("a", make_request(), deadline_s=3.0)
+    world.commit()
+    world.now += 4
+    world.tick(0)
+    world.quiesce()
+    assert world.published["a"].status == m.Status.CANCELLED
+
+
+def test_cancel_drops_the_job_in_the_next_plan_and_keeps_its_memory_until_then() -> None:
+    world = settled()
+    world.submit("a", make_request(steps=6))
+    world.commit()
+    world.commit()
+    group = world.core.state.groups[0]
+    assert group.memory.used > 0
+    world.cancel("a")
+    world.commit()
+    assert world.expected["a", "cancel"] == 0
+    assert group.memory.used > 0
+    world.quiesce()
+    assert isinstance(ops_of(world, "a")[-1], m.Drop)
+    assert group.memory.used == 0
+
+
+def test_an_op_error_fails_its_job_alone() -> None:
+    world = settled()
+    world.submit("bad", make_request(prompt="failing:1"))
+    world.submit("good", make_request())
+    world.quiesce()
+    assert world.published["bad"].error == m.ErrorInfo("job_failed", "as asked for")
+    assert world.published["good"].status == m.Status.COMPLETED
+    assert world.deaths == 0
+
+
+def test_a_killer_is_poisoned_and_its_neighbours_complete() -> None:
+    world = settled(checkpoint_every=2)
+    for n in range(3):
+        world.submit(f"good{n}", make_request(steps=5, outputs=2))
+    world.submit("bad", make_request(prompt="killer:2"))
+    world.quiesce()
+    error = world.published["bad"].error
+    assert error is not None
+    assert error.code == "poisoned"
+    assert world.deaths == 3
+    assert all(world.published[f"good{n}"].status == m.Status.COMPLETED for n in range(3))
+
+
+def test_a_job_resumes_from_its_last_journalled_checkpoint() -> None:
+    world = settled(checkpoint_every=2, ranks=1)
+    world.submit("a", make_request(steps=6))
+    while not any(isinstance(r, CheckpointRecord) and r.ref.step == 4 for r in world.records):
+        world.sweep()
+    world.end_group(0)
+    world.quiesce()
+    prepared = [op for op in ops_of(world, "a") if isinstance(op, m.Prepare)]
+    assert [(p.attempt, p.resume.step if p.resume else 0) for p in prepared] == [(0, 0), (1, 4)]
+
+
+def test_finished_outputs_are_kept_when_the_group_dies() -> None:
+    world = settled(checkpoint_every=0, ranks=1)
+    world.submit("a", make_request(outputs=2))
+    while not any(isinstance(op, m.Prepare) and op.index == 1 for op in ops_of(world, "a")):
+        world.sweep()
+    world.end_group(0)
+    world.quiesce()
+    assert [(p.attempt, p.index) for p in ops_of(world, "a") if isinstance(p, m.Prepare)] == [(0, 0), (0, 1), (1, 1)]
+
+
+def test_a_new_scheduler_adopts_what_the_workers_hold() -> None:
+    world = settled(checkpoint_every=0)
+    world.submit("a", make_request(steps=6))
+    while not any(isinstance(op, m.Denoise) and op.units[0].step == 3 for op in ops_of(world, "a")):
+        world.sweep()
+    world.restart_scheduler(lossless=True)
+    world.quiesce()
+    assert len([op for op in ops_of(world, "a") if isinstance(op, m.Encode | m.Prepare)]) == 2
+    assert world.deaths == 0
+    assert world.published["a"].status == m.Status.COMPLETED
+
+
+def test_ranks_that_received_different_plans_are_started_again() -> None:
+    world = settled(ranks=2)
+    world.restart_scheduler()
+    for rank in world.ranks[0]:
+        rank.received_epoch, rank.received, rank.done = 1, 5 + rank.rank, 5 + rank.rank
+    world.submit("a", make_request())
+    world.quiesce()
+    assert world.deaths == 1
+
+
+def test_output_restart_decodes_again_under_a_new_take() -> None:
+    world = settled(slots=1)
+    world.submit("a", make_request(chunks=3))
+    while not any(isinstance(op, m.Decode) and op.chunk == 1 for op in ops_of(world, "a")):
+        world.sweep()
+    world.restart_output()
+    world.quiesce()
+    takes = {op.take for op in ops_of(world, "a") if isinstance(op, m.Decode)}
+    assert takes == {0, 1}
+    assert world.published["a"].status == m.Status.COMPLETED
+
+
+def test_a_new_output_hears_of_terminals_again() -> None:
+    world = settled()
+    world.submit("a", make_request())
+    world.quiesce()
+    world.restart_output()
+    world.tick()
+    world.sweep()
+    assert "a" in world.output.jobs
+
+
+def test_a_silent_rank_is_reported_and_after_thirty_seconds_ends_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = settled(ranks=2)
+    world.submit("a", make_request())
+    world.ranks[0][1].alive = False  # it vanished and nobody saw it: no supervisor in this test
+    said: list[Any] = []
+    monkeypatch.setattr(world, "_supervise", said.append)
+    for _ in range(34):
+        world.tick()
+        world.hear_rank(world.ranks[0][0])
+        world.hear_rank(world.ranks[0][0])
+    assert isinstance(said[0], m.RankSilent)
+    assert isinstance(said[-1], m.KillGroup)
+    assert 20 <= sum(isinstance(s, m.RankSilent) for s in said) <= 27
+
+
+def test_an_op_past_its_deadline_ends_the_group() -> None:
+    world = settled(ranks=1)
+    world.core.state.cost.use_device("cuda")
+    world.submit("a", make_request())
+    world.commit()
+    world.commit()
+    for _ in range(40):
+        world.tick()
+        while world.ranks[0][0].outbox:
+            world.hear_rank(world.ranks[0][0])
+    assert world.deaths == 1
+
+
+def test_a_reported_phase_extends_the_deadline_and_has_its_own() -> None:
+    world = settled(ranks=1)
+    world.core.state.cost.use_device("cuda")
+    world.submit("a", make_request())
+    world.commit()
+    world.commit()
+    rank = world.ranks[0][0]
+    rank.say(m.PhaseReport(0, 0, rank.epoch, "compiling", 60.0))
+    for second in range(70):
+        assert world.deaths == 0 or second > 60
+        world.tick()
+        while rank.outbox and rank.alive:
+            world.hear_rank(rank)
+    assert world.deaths == 1
+
+
+def test_a_group_given_up_fails_all_jobs_only_when_it_was_the_last() -> None:
+    world = settled(groups=2)
+    world.submit("a", make_request(steps=6, outputs=3))
+    error = m.ErrorInfo("startup_error", "no device")
+    for rank in world.ranks[1]:
+        rank.alive = False
+    world.feed(SupervisorSaid(m.GroupGivenUp(1, error)))
+    world.sweep()
+    assert "a" in world.core.state.jobs
+    world.feed(SupervisorSaid(m.GroupGivenUp(0, error)))
+    world.sweep()
+    assert world.published["a"].error == error
+    assert ask(world, m.Submit("b", "me", make_request())).error.code == "worker_lost"
+
+
+def test_drain_refuses_new_jobs_finishes_the_others_and_says_so() -> None:
+    world = settled()
+    world.submit("a", make_request())
+    world.sweep()
+    world.feed(SupervisorSaid(m.Drain(60.0)))
+    assert ask(world, m.Submit("b", "me", make_request())).error.code == "overloaded"
+    assert not world.drained
+    world.quiesce()
+    assert world.drained
+    assert world.published["a"].status == m.Status.COMPLETED
+
+
+def test_the_end_of_the_grace_cancels_attached_jobs_and_saves_detached_ones() -> None:
+    world = settled(checkpoint_every=0)
+    world.submit("attached", make_request(steps=50))
+    world.submit("detached", make_request(steps=50), attached=False)
+    for _ in range(6):
+        world.sweep()
+    world.feed(SupervisorSaid(m.Drain(2.0)))
+    for _ in range(20):
+        world.tick()
+        world.sweep()
+    assert world.drained
+    assert world.published["attached"].status == m.Status.CANCELLED
+    assert "detached" not in world.published
+    world.restart_scheduler()
+    world.quiesce()
+    assert world.published["detached"].status == m.Status.COMPLETED
+
+
+def test_messages_of_old_epochs_and_unknown_groups_change_nothing() -> None:
+    world = settled()
+    world.end_group(0)
+    world.quiesce()
+    before = world.core.state.groups[0].epoch
+    for epoch, group in ((0, 0), (0, 7), (5, -1)):
+        assert tell(world, RankSaid(m.PlanDone(1, group, 0, epoch, 0, ()))) == []
+        assert tell(world, RankSaid(m.GroupFailed(group, 0, epoch, m.ErrorInfo("x", "y")))) == []
+    assert tell(world, OutputSaid(m.SlotReleased(99, "a", 0, 0, 0, 0))) == []
+    assert world.core.state.groups[0].epoch == before
+
+
+def test_status_tells_what_is_ready() -> None:
+    world = World(groups=2)
+    assert not ask(world, m.QueryStatus()).ready
+    world = settled(groups=2)
+    status = ask(world, m.QueryStatus())
+    assert status.ready
+    assert [(g.phase, g.ready_ranks) for g in status.groups] == [("ready", 2), ("ready", 2)]
+
+
+def test_two_groups_share_the_work() -> None:
+    world = settled(groups=2)
+    for n in range(6):
+        world.submit(f"j{n}", make_request())
+    world.quiesce()
+    encoded = [p.group for p in world.plans.values() for op in p.ops if isinstance(op, m.Encode)]
+    assert min(encoded.count(0), encoded.count(1)) >= 2
+
+
+def test_plans_are_bounded_by_max_plan_ms() -> None:
+    world = settled()
+    world.submit("a", make_request(steps=6))
+    world.submit("b", make_request(steps=6))
+    world.quiesce()
+    sizes = {sum(isinstance(op, m.Denoise | m.Decode | m.Encode) for op in p.ops) for p in world.plans.values()}
+    assert max(sizes) <= 3  # a step costs 1 ms, encoding and decoding half of it
+
+
+@pytest.mark.parametrize("name", ["fair", "fcfs"])
+def test_a_long_job_ends_under_an_endless_stream_of_short_ones(name: str) -> None:
+    world = settled(policy_name=name, ranks=1)
+    world.submit("long", make_request(steps=60, outputs=2, size=2), priority=m.Priority.LOW)
+    for n in range(4000):
+        if len(world.core.state.jobs) < 8:
+            world.submit(f"short{n}", make_request(steps=1, chunks=1), priority=m.Priority.HIGH)
+        world.sweep()
+        if n % 10 == 0:
+            world.tick(0.1)
+        if "long" in world.published:
+            return
+    pytest.fail("the long job starved")
+
+
+def test_a_short_job_is_not_stuck_behind_long_ones_under_fair() -> None:
+    world = settled(ranks=1)
+    for n in range(5):
+        world.submit(f"long{n}", make_request(steps=100))
+    for _ in range(30):
+        world.sweep()
+    world.submit("short", make_request(steps=2))
+    world.quiesce()
+    assert world.finished_order[0] == "short"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The small parts
+
+
+def view(seq: int, work: float, priority: m.Priority = m.Priority.NORMAL, at: float = 0.0) -> JobView:
+    return JobView(seq, at, priority, work)
+
+
+def test_policies_order_jobs() -> None:
+    short_late, long_early = view(2, 1.0, at=5.0), view(1, 50.0)
+    assert min([short_late, long_early], key=policy.by_name("fcfs").lanes[0].key) is long_early
+    assert min([short_late, long_early], key=policy.by_name("sjf").lanes[0].key) is short_late
+    fair = policy.by_name("fair")
+    assert min([short_late, long_early], key=fair.lanes[0].key) is short_late
+    assert min([short_late, long_early], key=fair.lanes[1].key) is long_early
+    high, low = view(9, 10.0, m.Priority.HIGH), view(3, 10.0, m.Priority.LOW)
+    assert all(lane.key(high) < lane.key(low) for lane in fair.lanes)
+    aged = view(3, 10.0, m.Priority.LOW, at=-400.0)
+    assert fair.lanes[1].key(aged) < fair.lanes[1].key(high)
+    assert [fair.turn(used) for used in ([0.0, 0.0], [1.0, 0.0], [2.9, 1.0], [3.1, 1.0])] == [0, 1, 0, 1]
+
+
+def test_an_unknown_policy_is_named() -> None:
+    with pytest.raises(ConfigError, match="'random'"):
+        policy.by_name("random")
+
+
+def test_cost_model_learns_rates_and_predicts_what_is_left() -> None:
+    cost, profile = CostModel(), profile_of(make_request(steps=4, outputs=2, chunks=3, size=2))
+    cost.use_device("cuda:0")
+    step = m.Denoise((m.UnitRef("a", 0, 0, 0),))
+    assert cost.op_ms(step, profile) == pytest.approx(2 * 3.3)
+    cost.learn(step, profile, 200.0)
+    cost.learn(step, profile, 100.0)
+    assert cost.op_ms(step, profile) == pytest.approx(180.0)
+    cost.learn(m.Decode("a", 0, 0, 0, 0, 0), profile, 10.0)
+    left = cost.remaining_ms(profile, Cursor(0, Stage.DENOISE, 3), outputs_left=2)
+    assert left == pytest.approx(180 + 30 + 4 * 180 + 30)
+    assert cost.remaining_ms(profile, Cursor(1, Stage.DECODE, 2), outputs_left=1) == pytest.approx(10)
+    assert cost.remaining_ms(profile, Cursor(1, Stage.SAVE), outputs_left=1) == 0
