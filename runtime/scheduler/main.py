@@ -19,7 +19,6 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime import messages as m
 from safelight.runtime import transport
 from safelight.runtime.errors import StartupError
-from safelight.runtime.logs import configure
 from safelight.runtime.scheduler import policy
 from safelight.runtime.scheduler.core import SchedulerCore
 from safelight.runtime.scheduler.events import (
@@ -53,7 +52,6 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
 
     Raises StartupError, ConfigError and ModelError before it serves.
     """
-    configure("scheduler", spec.log_level)
     config = CoreConfig(
         groups=spec.groups,
         policy=policy.by_name(spec.policy),
