@@ -7,8 +7,7 @@ from functools import partial
 from safelight.runtime import messages as m
 from safelight.runtime.scheduler.jobs import Job, Stage
 from safelight.runtime.scheduler.records import CheckpointRecord
-from safelight.runtime.scheduler.slots import Attempt
-from safelight.runtime.scheduler.state import State
+from safelight.runtime.scheduler.state import Group, State
 
 
 def said(s: State, message: m.CheckpointCommitted | m.CheckpointFailed) -> None:
@@ -39,17 +38,25 @@ def _journalled(s: State, job: Job, record: CheckpointRecord) -> None:
 
 
 def job_ended(s: State, job: Job) -> None:
-    """The terminal is on disk, so nothing resumes any more, except a plan on its way to the ranks of a dropped attempt:
-    then the files wait for the Drop."""
+    """The terminal is on disk, so nothing resumes any more, except plans that are on their way to ranks: until those
+    dropped the attempt, the files stay."""
+    key = (job.id, job.attempt)
     paths = [*job.leftover, job.checkpoint.ref.path] if job.checkpoint is not None else job.leftover
-    if any(g.memory.holds((job.id, job.attempt)) for g in s.groups.values()):
-        s.leftovers[job.id, job.attempt] = paths
+    g = s.groups.get(job.home) if job.home is not None else None
+    if g is not None and g.alive and (not g.settled or g.memory.holds(key)):
+        s.leftovers[key] = (g.id, paths)
     else:
-        for path in paths:
-            s.delete_file(path)
+        _delete(s, paths)
 
 
-def ranks_let_go(s: State, attempt: Attempt) -> None:
-    """Every rank dropped the attempt, or its group is dead."""
-    for path in s.leftovers.pop(attempt, []):
+def delete_unread(s: State, g: Group) -> None:
+    """Called when ranks dropped attempts, or showed what they hold, or died."""
+    for key, (home, paths) in list(s.leftovers.items()):
+        if home == g.id and not g.memory.holds(key):
+            del s.leftovers[key]
+            _delete(s, paths)
+
+
+def _delete(s: State, paths: list[str]) -> None:
+    for path in paths:
         s.delete_file(path)

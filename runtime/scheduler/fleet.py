@@ -183,6 +183,7 @@ def _adopt(s: State, g: Group, inventories: list[m.Inventory]) -> None:
         if not _adopt_attempt(s, g, key, common.get(key, {})):
             g.control.append(m.Drop(*key))
             g.memory.take_rest(key)
+    checkpoints.delete_unread(s, g)
     release_awaiting(s, g.id)
 
 

@@ -181,14 +181,13 @@ def lose(s: State, g: Group) -> None:
     """The group died: its jobs start again elsewhere or later, those in unacknowledged plans as suspects."""
     suspects = {job for o in g.outstanding for op in o.plan.ops for job in computing(op)}
     residents = list(g.residents.values())
-    for attempt in g.memory.attempts():
-        g.dying.append(attempt)
-        checkpoints.ranks_let_go(s, attempt)
+    g.dying += g.memory.attempts()
     g.residents.clear()
     g.outstanding.clear()
     g.control.clear()
     g.memory.clear()
     g.settled = False
+    checkpoints.delete_unread(s, g)
     for run in residents:
         run.job.run = None
         _close_output(s, run, aborted=True)

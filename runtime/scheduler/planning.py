@@ -129,7 +129,7 @@ def _settle(s: State, g: Group, finished: Outstanding) -> None:
         if isinstance(op, m.Drop):
             g.memory.give_back((op.job, op.attempt))
             s.slots.ranks_let_go(op.job, op.attempt)
-            checkpoints.ranks_let_go(s, (op.job, op.attempt))
+            checkpoints.delete_unread(s, g)
             s.admit_due = True
         else:
             _settle_op(s, g, op, results)

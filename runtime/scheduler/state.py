@@ -125,7 +125,7 @@ class State:
     drain_until: float = 0.0
     stopped: bool = False  # the grace is over: nothing more is planned
     saving: set[tuple[str, int]] = field(default_factory=set)  # attempts whose last checkpoint is being written
-    leftovers: dict[Attempt, list[str]] = field(default_factory=dict)  # files that a dropped attempt may still read
+    leftovers: dict[Attempt, tuple[int, list[str]]] = field(default_factory=dict)  # files that a group may still read
     drained: bool = False
     admit_due: bool = True  # something changed that may let a job enter a group
     actions: list[Action] = field(default_factory=list)
