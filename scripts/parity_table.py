@@ -82,7 +82,7 @@ class Parity:
         single = ParallelMesh.single()
         options = LoadOptions(torch.device("cpu"), torch.float32, torch.float32, None, single)
         self.ours = load(self.spec, options)
-        self.theirs = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        self.theirs = diffusers.WanPipeline.from_pretrained(folder, dtype=torch.float32)
         self.theirs.set_progress_bar_config(disable=True)
         self.schedulers: Mapping[str, Any] = {
             "unipc": self.theirs.scheduler,
