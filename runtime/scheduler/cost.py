@@ -31,7 +31,10 @@ class CostModel:
 
     def rate(self, key: RateKey) -> float:
         """ms per unit, measured or prior. A prepare is one unit."""
-        return self._rates.get(key) or (PREPARE_MS if key[0] == "prepare" else self._prior)
+        rate = self._rates.get(key)
+        if rate is None:
+            return PREPARE_MS if key[0] == "prepare" else self._prior
+        return rate
 
     def learn(self, op: Op, profile: JobProfile, ms: float) -> None:
         """Takes in one measured op; ops without a cost of their own teach nothing."""
@@ -53,18 +56,18 @@ class CostModel:
 
     def remaining_ms(self, profile: JobProfile, at: Cursor, outputs_left: int) -> float:
         """Everything that is left from `at` on, when `outputs_left` outputs (the current one included) are undone."""
-        family = profile.family
-        encode = profile.encode_cost * self.rate(("encode", family)) if at.stage == Stage.ENCODE else 0.0
-        chunks = len(profile.chunk_frames)
-        decode = profile.decode_chunk_cost * self.rate(("decode", family))
-        whole = self._denoise_ms(profile, 0) + chunks * decode
-        if at.stage <= Stage.PREPARE:
-            current = whole
-        elif at.stage == Stage.DENOISE:
-            current = self._denoise_ms(profile, at.k) + chunks * decode
-        else:
-            current = (chunks - at.k) * decode if at.stage == Stage.DECODE else 0.0
-        return encode + current + max(0, outputs_left - 1) * whole
+        chunk = profile.decode_chunk_cost * self.rate(("decode", profile.family))
+        decode = len(profile.chunk_frames) * chunk
+        left = 0.0
+        if at.stage <= Stage.DENOISE:
+            left = self._denoise_ms(profile, at.k) + decode
+        elif at.stage == Stage.DECODE:
+            left = decode - at.k * chunk
+        if outputs_left > 1:
+            left += (outputs_left - 1) * (self._denoise_ms(profile, 0) + decode)
+        if at.stage == Stage.ENCODE:
+            left += profile.encode_cost * self.rate(("encode", profile.family))
+        return left
 
     def _denoise_ms(self, profile: JobProfile, step: int) -> float:
         total, end = 0.0, profile.steps
