@@ -7,7 +7,6 @@ writes one encoded ErrorInfo to stdout and exits with 1.
 from __future__ import annotations
 
 import os
-import signal
 import struct
 import sys
 import threading
@@ -30,7 +29,6 @@ def frame_spec(spec: SchedulerSpec | OutputSpec) -> bytes:
 
 def main(role: str) -> None:
     """Runs the process main of `role` until it returns or the supervisor is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     stdin = sys.stdin.buffer
     spec_bytes = stdin.read(_LENGTH.unpack(stdin.read(_LENGTH.size))[0])
     status = os.dup(1)

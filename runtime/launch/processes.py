@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,18 +20,24 @@ import msgspec
 
 from safelight.runtime.errors import WorkerLost
 from safelight.runtime.launch.child import frame_spec
+from safelight.runtime.launch.rank import run_rank
 from safelight.runtime.messages import ErrorInfo, GroupFailed, OutputSpec, PhaseReport, Ready, SchedulerSpec, WorkerSpec
 
 _STATUS: msgspec.msgpack.Decoder[PhaseReport | Ready | GroupFailed] = msgspec.msgpack.Decoder(
     PhaseReport | Ready | GroupFailed
 )
+log = logging.getLogger(__name__)
 _INFO = msgspec.msgpack.Decoder(ErrorInfo)
 
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Children started inside inherit a blocked SIGINT: a Ctrl-C on the terminal is the frontend's alone to answer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Children started inside inherit blocked SIGINT, SIGTERM and SIGHUP.
+
+    A terminal and a cluster's scheduler signal whole process groups; the answer (drain, cancel, save) is the frontend's
+    alone. Children end by a Shutdown message, by their closed pipe, or by SIGKILL.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
@@ -160,22 +167,28 @@ class RankStarter:
 
     def warm(self) -> None:
         """Starts the forkserver and its imports without waiting for them."""
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
+        resource_tracker.ensure_running()  # first: starting it unblocks the signals that the forkserver must inherit
         with self._lock, interrupts_blocked():
             self._context.set_forkserver_preload(self._preload)
             os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA query before the fork breaks children
             forkserver.ensure_running()
 
     def start(self, spec: WorkerSpec) -> Rank:
-        """Forks one rank."""
-        from safelight.runtime.launch.rank import run_rank
-
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=run_rank, args=(msgspec.msgpack.encode(spec), theirs), name=f"rank-{spec.group}-{spec.rank}"
-        )
-        with self._lock, interrupts_blocked():
-            process.start()
-        theirs.close()
-        return Rank(process, ours)
+        """Forks one rank, with a new forkserver if the old one died. Raises WorkerLost."""
+        for _ in range(2):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=run_rank, args=(msgspec.msgpack.encode(spec), theirs), name=f"rank-{spec.group}-{spec.rank}"
+            )
+            try:
+                with self._lock, interrupts_blocked():
+                    process.start()
+                return Rank(process, ours)
+            except (EOFError, OSError) as error:
+                log.warning("the forkserver did not answer: %s", error)
+                ours.close()
+            finally:
+                theirs.close()
+        raise WorkerLost(f"rank {spec.rank} of group {spec.group} could not be started: no forkserver answers")

@@ -17,7 +17,7 @@ import zmq
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime import slots, transport
-from safelight.runtime.errors import ConfigError, ModelError, StartupError, from_code
+from safelight.runtime.errors import ConfigError, ModelError, SafelightError, StartupError, from_code
 from safelight.runtime.launch import specs
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import RunFolder, create_run_folder
@@ -162,23 +162,31 @@ class Supervisor:
     # ---- the watching thread
 
     def _watch(self) -> None:
-        while not self._stopping and self.failure is None:
-            ready = self._poll()
+        try:
+            while not self._stopping and self.failure is None:
+                self._watch_once()
+        except (SafelightError, OSError) as error:  # a process or a descriptor that could not be had
             with self._changed:
-                now = time.monotonic()
-                for child in list(self._children.values()):
-                    if child.fd in ready:
-                        self._child_ended(child)
-                for group in self._groups:
-                    self._watch_group(group, ready)
-                assert self._control is not None
-                for received in self._control.receive_all():
-                    self._handle(received.identity, received.message, now)
-                self._watch_silence(now)
-                if self._drain:
-                    self._tell("scheduler", self._drain)
-                    self._drain = None
+                self._fail(f"the supervisor cannot go on: {error}")
                 self._changed.notify_all()
+
+    def _watch_once(self) -> None:
+        ready = self._poll()
+        with self._changed:
+            now = time.monotonic()
+            for child in list(self._children.values()):
+                if child.fd in ready:
+                    self._child_ended(child)
+            for group in self._groups:
+                self._watch_group(group, ready)
+            assert self._control is not None
+            for received in self._control.receive_all():
+                self._handle(received.identity, received.message, now)
+            self._watch_silence(now)
+            if self._drain:
+                self._tell("scheduler", self._drain)
+                self._drain = None
+            self._changed.notify_all()
 
     def _poll(self) -> set[int]:
         assert self._control is not None
@@ -347,9 +355,8 @@ class Supervisor:
         for group in self._groups:
             group.kill()
         for child in self._children.values():
-            child.process.terminate()
             try:
-                child.process.wait(2)
+                child.process.wait(2 if child.identity else 0)
             except subprocess.TimeoutExpired:
                 child.kill()
             child.close()

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,8 +38,6 @@ log = logging.getLogger(__name__)
 def main(spec_bytes: bytes, status: Connection) -> None:
     """Runs one rank. `status` carries encoded PhaseReport, Ready and GroupFailed to the supervisor; its other end
     closing means that the supervisor is gone, and ends the process at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     spec = msgspec.msgpack.decode(spec_bytes, type=WorkerSpec)
     threading.Thread(target=_exit_with_supervisor, args=(status,), name="parent", daemon=True).start()
     logs.configure(f"worker {spec.group}.{spec.rank}", spec.log_level)

@@ -32,7 +32,7 @@ def edit(path: Path, key: str, value: object) -> None:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda m: shutil.rmtree(m), "no model directory"),
+    "no folder": (lambda m: shutil.rmtree(m), "model directory expected"),
     "no index": (lambda m: (m / "model_index.json").unlink(), "model_index.json"),
     "broken index": (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
     "unknown pipeline": (lambda m: edit(m / "model_index.json", "_class_name", "OtherPipeline"), "OtherPipeline"),

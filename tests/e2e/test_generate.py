@@ -1,0 +1,171 @@
+"""`safelight generate` as its users run it: pictures, videos, prompt files, Ctrl-C in the middle, a killed parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+from running_server import alive
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+def private_tmp(tmp_path: Path) -> Iterator[Path]:
+    """A TMPDIR of this test alone, short enough for socket paths."""
+    with tempfile.TemporaryDirectory(prefix="sl-") as folder:
+        yield Path(folder)
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "safelight", "generate", "--device", "cpu", *flags]
+
+
+def generate(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*flags), capture_output=True, text=True, timeout=170)
+
+
+def small(model: Path, out: Path, *flags: str) -> list[str]:
+    size = ["--height", "48", "--width", "32", "--num-inference-steps", "4"]
+    return ["--model-path", str(model), "--output-path", str(out), *size, *flags]
+
+
+def frames_of(path: Path) -> list[tuple[int, int]]:
+    with av.open(str(path)) as container:
+        return [(frame.height, frame.width) for frame in container.decode(video=0)]
+
+
+def descendants(root: int) -> set[int]:
+    """All processes below `root`, by the kernel's parent links."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+    found, frontier = set(), {root}
+    while frontier:
+        frontier = {pid for pid, parent in parents.items() if parent in frontier} - found
+        found |= frontier
+    return found
+
+
+def wait_gone(pids: set[int], timeout_s: float = 10.0) -> set[int]:
+    deadline = time.monotonic() + timeout_s
+    while (left := {pid for pid in pids if alive(pid)}) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def test_the_first_command_makes_a_picture_with_the_built_in_model(tmp_path: Path) -> None:
+    ended = generate("--prompt", "a red apple on a blue background", "--seed", "3", "--output-path", str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    path = Path(ended.stdout.splitlines()[-1])
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size, picture.mode) == ("PNG", (128, 128), "RGB")
+        corner = picture.getpixel((3, 3))
+    assert isinstance(corner, tuple)
+    assert corner[2] > max(corner[0], corner[1]), f"a blue background expected, got {corner}"
+
+
+def test_a_video_has_the_frames_and_size_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    flags = small(tiny_model, tmp_path, "--num-frames", "9", "--output-file-name", "clip.mp4", "--return-frames")
+    ended = generate("--prompt", "a cat", *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert frames_of(tmp_path / "clip.mp4") == [(48, 32)] * 9
+    assert {p.suffix for p in tmp_path.iterdir()} == {".mp4", ".npy"}
+
+
+def test_a_prompt_file_gives_one_job_a_line_and_every_path(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n\na red bird\n")
+    out = tmp_path / "out"
+    flags = small(tiny_model, out, "--num-frames", "1", "--num-outputs-per-prompt", "2", "--json")
+    ended = generate("--prompt-path", str(prompts), *flags)
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(list(out.glob("*.png"))) == 6
+    assert sorted(str(p) for p in out.glob("*.png")) == sorted(lines[-1]["paths"])
+
+
+def test_the_same_seed_gives_the_same_picture_and_two_runs_at_once_do_not_meet(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    runs = [
+        subprocess.Popen(
+            command("--prompt", "a cat", "--seed", "5", *small(tiny_model, tmp_path / str(n), "--num-frames", "1")),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for n in range(2)
+    ]
+    assert [run.wait(170) for run in runs] == [0, 0]
+    first, second = (next((tmp_path / str(n)).glob("*.png")).read_bytes() for n in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
+    tiny_model: Path, tmp_path: Path, private_tmp: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--model-path", str(tiny_model), "--output-path", str(out), "--height", "96", "--width", "96"]
+    slots_before = {p.name for p in Path("/dev/shm").glob("safelight-*")}
+    run = subprocess.Popen(
+        command("--prompt", "a cat", *flags, "--num-frames", "17", "--num-inference-steps", "1000", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(private_tmp)},
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if '"denoising"' in line:
+            break
+    family = descendants(run.pid)
+    assert len(family) >= 3
+    os.killpg(run.pid, number)  # as a terminal does: to the whole foreground group
+    _out, err = run.communicate(timeout=30)
+    assert run.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert not wait_gone(family)
+    assert not out.exists() or not list(out.iterdir())
+    assert not list(private_tmp.glob("safelight-*"))
+    assert {p.name for p in Path("/dev/shm").glob("safelight-*")} <= slots_before
+
+
+def test_a_killed_generate_takes_its_processes_along_and_the_next_run_sweeps(
+    tiny_model: Path, tmp_path: Path, private_tmp: Path
+) -> None:
+    environment = os.environ | {"TMPDIR": str(private_tmp)}
+    flags = ["--model-path", str(tiny_model), "--output-path", str(tmp_path), "--height", "96", "--width", "96"]
+    run = subprocess.Popen(
+        command("--prompt", "a cat", *flags, "--num-frames", "17", "--num-inference-steps", "1000", "--json"),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if '"denoising"' in line:
+            break
+    family = descendants(run.pid)
+    run.kill()
+    run.communicate()
+    assert not wait_gone(family)
+    assert len(list(private_tmp.glob("safelight-*"))) == 1
+    again = command("--prompt", "a cat", *small(tiny_model, tmp_path, "--num-frames", "1"))
+    assert subprocess.run(again, env=environment, capture_output=True, timeout=170).returncode == 0
+    assert not list(private_tmp.glob("safelight-*"))
