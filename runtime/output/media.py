@@ -7,14 +7,11 @@ release the GIL while they work. Nothing is ever resized and no frame is ever le
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -34,8 +31,6 @@ MEDIA_TYPES = {
 EXTENSIONS = {MediaFormat.JPEG: "jpg"}  # the others are named like their format
 PNG_LEVEL = 2  # 1024x1024: 92 ms and 1 % larger than level 3's 134 ms; level 6 takes 458 ms for 14 % less
 DEFAULT_QUALITY = {MediaFormat.JPEG: 92, MediaFormat.WEBP: 90}
-H264_OPTIONS = {"preset": "veryfast", "crf": "18"}
-BT709, VIDEO_RANGE = 1, 1  # ffmpeg's AVCOL_*_BT709 and AVCOL_RANGE_MPEG
 
 
 class Encoder(Protocol):
@@ -59,6 +54,8 @@ def open_encoder(path: Path, format: MediaFormat, job: OpenJob) -> Encoder:
         case MediaFormat.NPY:
             return NpyEncoder(path, job)
         case MediaFormat.MP4:
+            from safelight.runtime.output.mp4 import Mp4Encoder  # here: pictures need no FFmpeg
+
             return Mp4Encoder(path, job)
         case MediaFormat.WEBP if job.num_frames > 1:
             return AnimatedWebpEncoder(path, job)
@@ -144,39 +141,3 @@ class AnimatedWebpEncoder:
     def abort(self) -> None:
         with contextlib.suppress(OSError):
             self._spool.close()
-
-
-class Mp4Encoder:
-    """H.264 in MP4 with the index in front; yuv420p, or yuv444p when a side is odd (420 would have to resize).
-
-    Colours are converted and tagged as BT.709, video range: untagged files are shown differently by size and player.
-    """
-
-    def __init__(self, path: Path, job: OpenJob) -> None:
-        odd = job.width % 2 or job.height % 2
-        self._format = "yuv444p" if odd else "yuv420p"
-        self._next = 0
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-        stream = self._container.add_stream("libx264", rate=Fraction(job.fps), options=H264_OPTIONS)
-        stream.width, stream.height, stream.pix_fmt = job.width, job.height, self._format
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = VIDEO_RANGE
-        context.thread_count = min(4, os.cpu_count() or 1)
-        self._stream = stream
-
-    def add(self, frames: Frames) -> None:
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(format=self._format, dst_colorspace=BT709, dst_color_range=VIDEO_RANGE)
-            frame.pts = self._next
-            self._next += 1
-            self._container.mux(self._stream.encode(frame))
-
-    def finish(self) -> None:
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-
-    def abort(self) -> None:
-        with contextlib.suppress(av.FFmpegError, OSError):  # closing writes an index, which may not fit the disk
-            self._container.close()
