@@ -10,7 +10,6 @@ import os
 import struct
 import sys
 import threading
-from typing import IO
 
 import msgspec
 
@@ -29,16 +28,26 @@ def frame_spec(spec: SchedulerSpec | OutputSpec) -> bytes:
 
 def main(role: str) -> None:
     """Runs the process main of `role` until it returns or the supervisor is gone."""
-    stdin = sys.stdin.buffer
-    spec_bytes = stdin.read(_LENGTH.unpack(stdin.read(_LENGTH.size))[0])
+    spec_bytes = _read(_LENGTH.unpack(_read(_LENGTH.size))[0])
     status = os.dup(1)
     os.dup2(2, 1)  # nothing but the status may reach the supervisor's pipe
-    threading.Thread(target=_exit_with_supervisor, args=(stdin,), name="parent", daemon=True).start()
+    threading.Thread(target=_exit_with_supervisor, name="parent", daemon=True).start()
     try:
         _run(role, spec_bytes)
     except SafelightError as error:
         os.write(status, msgspec.msgpack.encode(ErrorInfo(error.code, error.message, error.param)))
         raise SystemExit(1) from None
+
+
+def _read(nbytes: int) -> bytes:
+    """Exactly `nbytes` of stdin, unbuffered: a buffered stdin held by a thread aborts the interpreter at its end."""
+    data = b""
+    while len(data) < nbytes:
+        part = os.read(0, nbytes - len(data))
+        if not part:
+            raise SystemExit("the supervisor was gone before it had sent the specification")
+        data += part
+    return data
 
 
 def _run(role: str, spec_bytes: bytes) -> None:
@@ -56,8 +65,9 @@ def _run(role: str, spec_bytes: bytes) -> None:
         output.main(output_spec)
 
 
-def _exit_with_supervisor(stdin: IO[bytes]) -> None:
-    stdin.read()
+def _exit_with_supervisor() -> None:
+    while os.read(0, 1):
+        pass
     os._exit(0)
 
 

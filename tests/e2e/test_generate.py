@@ -71,6 +71,7 @@ def wait_gone(pids: set[int], timeout_s: float = 10.0) -> set[int]:
 def test_the_first_command_makes_a_picture_with_the_built_in_model(tmp_path: Path) -> None:
     ended = generate("--prompt", "a red apple on a blue background", "--seed", "3", "--output-path", str(tmp_path))
     assert ended.returncode == 0, ended.stderr
+    assert "Fatal" not in ended.stderr
     path = Path(ended.stdout.splitlines()[-1])
     with Image.open(path) as picture:
         assert (picture.format, picture.size, picture.mode) == ("PNG", (128, 128), "RGB")
@@ -140,6 +141,7 @@ def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
     _out, err = run.communicate(timeout=30)
     assert run.returncode == 128 + number, err
     assert "Traceback" not in err
+    assert "Fatal" not in err
     assert not wait_gone(family)
     assert not out.exists() or not list(out.iterdir())
     assert not list(private_tmp.glob("safelight-*"))

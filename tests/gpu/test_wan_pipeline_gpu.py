@@ -19,6 +19,7 @@ from safelight.runtime.parallel.mesh import ParallelMesh
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # "is a prototype feature"
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SCRIPTS = Path(__file__).parents[2] / "scripts"
