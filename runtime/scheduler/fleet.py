@@ -195,7 +195,7 @@ def _adopt_attempt(s: State, g: Group, key: Attempt, states: dict[int, int]) -> 
         return False
     index = job.next_index
     at = at_step(index, states[index], job.profile) if index in states else Cursor(index, Stage.PREPARE)
-    run = Run(job, g.id, job.attempt, at, at, lifecycle.first_take(s), job.resume_ref(index), admitted=True)
+    run = Run(job, g.id, job.attempt, at, at, lifecycle.first_take(s), s.now, job.resume_ref(index), admitted=True)
     lifecycle.dequeue(s, job)
     lifecycle.place(s, g, run)
     g.control += [m.Release(*key, other) for other in states if other not in (-1, index)]

@@ -138,6 +138,7 @@ class Run:
     planned: Cursor
     done: Cursor
     take: int
+    entered_at: float
     resume: m.CheckpointRef | None = None  # of the PREPARE ahead
     admitted: bool = False  # the admission is journalled: ops may be sent
     take_open: bool = False

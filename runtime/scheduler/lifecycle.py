@@ -138,7 +138,7 @@ def enter(s: State, g: Group, job: Job) -> None:
     job.attempt += 1
     index = job.next_index
     start = Cursor(index, Stage.ENCODE)
-    run = Run(job, g.id, job.attempt, start, start, first_take(s), job.resume_ref(index))
+    run = Run(job, g.id, job.attempt, start, start, first_take(s), s.now, job.resume_ref(index))
     place(s, g, run)
     record = AdmissionRecord(job.id, job.attempt, g.id, g.epoch, job.suspect_until, job.alone_deaths)
     s.journal(record, partial(_admitted, run))

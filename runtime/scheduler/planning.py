@@ -13,6 +13,7 @@ from safelight.runtime.scheduler.jobs import Run, Stage
 from safelight.runtime.scheduler.state import Group, Outstanding, State
 
 MAX_OUTSTANDING = 2
+QUARANTINE_S = 2.0
 MAX_OPS = 16  # computing ops of one plan
 
 
@@ -179,9 +180,12 @@ def _learn_peak(s: State, g: Group, op: m.Op, measured: int) -> None:
 
 
 def _clear_suspicion(s: State, run: Run) -> None:
-    """A suspect is cleared when it is past the point where its group died."""
+    """A suspect is cleared when it is past the point where its group died, and has been for a moment: what kills a
+    worker may take time to do so."""
     job = run.job
-    if job.suspect_until is not None and run.done.progress(job.profile) >= job.suspect_until:
+    if job.suspect_until is None or s.now < run.entered_at + QUARANTINE_S:
+        return
+    if run.done.progress(job.profile) >= job.suspect_until:
         job.suspect_until, job.alone_deaths = None, 0
         s.admit_due = True
 

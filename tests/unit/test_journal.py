@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.unit.scheduler_world import make_request
+from scheduler_world import make_request
 
 from safelight.runtime import messages as m
 from safelight.runtime.errors import StartupError
@@ -127,20 +127,23 @@ def test_a_killed_owner_leaves_no_lock_and_no_half_record(tmp_path: Path) -> Non
     path = tmp_path / "journal.db"
     code = (
         "import os, signal, sys, threading; from pathlib import Path\n"
-        "from tests.unit.test_journal import submit\n"
+        "from safelight.runtime.messages import Status\n"
         "from safelight.runtime.scheduler.journal import Journal\n"
+        "from safelight.runtime.scheduler.records import TerminalRecord\n"
         "told = threading.Event(); journal = Journal(Path(sys.argv[1]), told.set)\n"
-        "journal.write(1, submit('a')); told.wait()\n"
-        "for n in range(2, 500): journal.write(n, submit(f'a{n}', n))\n"
+        "journal.write(1, TerminalRecord('a', Status.FAILED)); told.wait()\n"
+        "for n in range(2, 500): journal.write(n, TerminalRecord(f'a{n:03}', Status.FAILED))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert killed.returncode == -9
     journal = Journal(path)
     journal.close()
-    jobs = [h.submit.seq for h in journal.recovered.histories]
-    assert jobs == [0, *range(2, len(jobs) + 1)]
     assert journal.recovered.scheduler_epoch == 2
+    with sqlite3.connect(path) as db:
+        jobs = [job for (job,) in db.execute("SELECT job FROM records ORDER BY job")]
+    db.close()
+    assert jobs == ["a", *(f"a{n:03}" for n in range(2, len(jobs) + 1))]
 
 
 @pytest.mark.parametrize("content", [b"this is no database", b""])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.scheduler_world import BUDGET, World, make_request, profile_of
+from scheduler_world import BUDGET, World, make_request, profile_of
 
 from safelight.runtime import messages as m
 from safelight.runtime.errors import ConfigError

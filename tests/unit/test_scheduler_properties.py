@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from tests.unit.scheduler_world import Violation, World, make_request
+from scheduler_world import Violation, World, make_request
 
 from safelight.runtime import messages as m
 from safelight.runtime.scheduler import lifecycle, planning
