@@ -74,7 +74,8 @@ class _Run:
             server.start()
             made = list(requests(spec, jobs))  # while the processes start
             server.wait_ready(args.startup_timeout_s, lambda phase: self._reporter.phase(f"workers: {phase}"))
-            self._follow(server, deque(zip(jobs, made, strict=True)))
+            interrupts.drain_on_terminate()
+            self._follow(server, deque(zip(jobs, made, strict=True)), interrupts)
         finally:
             interrupts.then_call(lambda: _kill(server))
             server.stop()
@@ -100,12 +101,24 @@ class _Run:
             self._reporter.note(f"note: the built-in model knows simple subjects only; not among its words: {names}")
         return spec, args, jobs
 
-    def _follow(self, server: Supervisor, waiting: deque[tuple[Job, GenerationRequest]]) -> None:
-        """Submits the jobs, at most as many at once as the queue takes, and follows them to their ends."""
+    def _follow(
+        self, server: Supervisor, waiting: deque[tuple[Job, GenerationRequest]], interrupts: Interrupts
+    ) -> None:
+        """Submits the jobs, at most as many at once as the queue takes, and follows them to their ends.
+
+        A SIGTERM drains: nothing more is submitted, what was submitted may finish within --drain-grace-s.
+        """
         running: dict[str, Job] = {}
+        deadline: float | None = None
         with Client(server.endpoints) as client:
             try:
                 while waiting or running:
+                    if interrupts.draining and deadline is None:
+                        deadline = time.monotonic() + self._args.drain_grace_s
+                        waiting.clear()
+                        server.begin_drain(self._args.drain_grace_s)
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise Interrupted(signal.SIGTERM)
                     while waiting and len(running) < self._args.max_queue:
                         job, request = waiting.popleft()
                         try:
@@ -118,6 +131,8 @@ class _Run:
                         self._note(running, event)
                     if server.failure:
                         raise server.failure
+                if interrupts.draining:
+                    raise Interrupted(signal.SIGTERM)
             except Interrupted:
                 with contextlib.suppress(SafelightError):
                     for name in running:

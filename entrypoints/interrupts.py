@@ -19,9 +19,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Inside, SIGINT, SIGTERM and SIGHUP raise Interrupted, until `then_call` names what they do instead."""
+    """Inside, SIGINT, SIGTERM and SIGHUP raise Interrupted, until `then_call` names what they do instead.
+
+    After `drain_on_terminate` the first SIGTERM only sets `draining`: what runs may finish within a grace.
+    """
 
     def __init__(self) -> None:
+        self.draining = False
+        self._drains = False
         self._action: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
 
@@ -29,10 +34,16 @@ class Interrupts:
         """From now on a signal calls `action`: what is being cleaned up must not be interrupted."""
         self._action = action
 
+    def drain_on_terminate(self) -> None:
+        self._drains = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._action is None:
+        if self._action is not None:
+            self._action()
+        elif number == signal.SIGTERM and self._drains and not self.draining:
+            self.draining = True
+        else:
             raise Interrupted(number)
-        self._action()
 
     def __enter__(self) -> Interrupts:
         self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}

@@ -134,11 +134,16 @@ class Supervisor:
                 found |= {f"worker {group.number}.{i}": rank.pid for i, rank in enumerate(group.ranks)}
             return found
 
-    def drain(self, grace_s: float) -> bool:
-        """Accepts nothing new and waits until nothing runs; False when work was left after the grace."""
+    def begin_drain(self, grace_s: float) -> None:
+        """Accepts nothing new; what runs may finish within the grace."""
         with self._changed:
             self._drain = Drain(grace_s)
-            os.eventfd_write(self._wake, 1)
+        os.eventfd_write(self._wake, 1)
+
+    def drain(self, grace_s: float) -> bool:
+        """Drains and waits until nothing runs; False when work was left after the grace."""
+        self.begin_drain(grace_s)
+        with self._changed:
             self._changed.wait_for(lambda: self._drained or self.failure is not None, grace_s + 2)
             return self._drained
 

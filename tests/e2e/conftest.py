@@ -35,7 +35,7 @@ def start(tiny_model: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def starter(model: Path = tiny_model, slot_bytes: int = 1 << 20, **args: Any) -> Running:
-            settings = ServerArgs(model_path=str(model), device=os.environ.get("SAFELIGHT_TEST_DEVICE", "cpu"), **args)
+            settings = ServerArgs(model_path=str(model), device=os.environ.get("E2E_DEVICE", "cpu"), **args)
             server = stack.enter_context(Supervisor(settings, model, slot_bytes))
             client = stack.enter_context(Client(server.endpoints))
             server.wait_ready(90)

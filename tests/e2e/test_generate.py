@@ -28,7 +28,7 @@ def private_tmp(tmp_path: Path) -> Iterator[Path]:
 
 
 def command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "safelight", "generate", "--device", "cpu", *flags]
+    return [sys.executable, "-m", "safelight", "generate", "--device", os.environ.get("E2E_DEVICE", "cpu"), *flags]
 
 
 def generate(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +54,8 @@ def descendants(root: int) -> set[int]:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, IndexError):
                 continue
-    found, frontier = set(), {root}
+    found: set[int] = set()
+    frontier = {root}
     while frontier:
         frontier = {pid for pid, parent in parents.items() if parent in frontier} - found
         found |= frontier
@@ -124,7 +125,18 @@ def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
     flags = ["--model-path", str(tiny_model), "--output-path", str(out), "--height", "96", "--width", "96"]
     slots_before = {p.name for p in Path("/dev/shm").glob("safelight-*")}
     run = subprocess.Popen(
-        command("--prompt", "a cat", *flags, "--num-frames", "17", "--num-inference-steps", "1000", "--json"),
+        command(
+            "--prompt",
+            "a cat",
+            *flags,
+            "--num-frames",
+            "17",
+            "--num-inference-steps",
+            "1000",
+            "--json",
+            "--drain-grace-s",
+            "0",
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,6 +158,26 @@ def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
     assert not out.exists() or not list(out.iterdir())
     assert not list(private_tmp.glob("safelight-*"))
     assert {p.name for p in Path("/dev/shm").glob("safelight-*")} <= slots_before
+
+
+def test_a_terminated_generate_finishes_what_runs_within_its_grace(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    flags = ["--model-path", str(tiny_model), "--output-path", str(tmp_path / "out"), "--height", "32", "--width", "32"]
+    run = subprocess.Popen(
+        command("--prompt-path", str(prompts), *flags, "--num-frames", "1", "--num-inference-steps", "400",
+                "--max-queue", "1", "--drain-grace-s", "60", "--json"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    for line in run.stdout:
+        if '"denoising"' in line:
+            break
+    run.terminate()
+    run.communicate(timeout=90)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
 def test_a_killed_generate_takes_its_processes_along_and_the_next_run_sweeps(
