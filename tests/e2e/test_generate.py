@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+import torch
+from diffusers import WanPipeline
 from PIL import Image
 from running_server import alive
 
@@ -87,6 +90,30 @@ def test_a_video_has_the_frames_and_size_asked_for(tiny_model: Path, tmp_path: P
     assert ended.returncode == 0, ended.stderr
     assert frames_of(tmp_path / "clip.mp4") == [(48, 32)] * 9
     assert {p.suffix for p in tmp_path.iterdir()} == {".mp4", ".npy"}
+
+
+def test_the_frames_are_those_of_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+    flags = small(tiny_model, tmp_path, "--num-frames", "9", "--return-frames", "--negative-prompt", "blurry")
+    ended = generate("--prompt", "A cat &amp; a  dog", "--seed", "11", "--guidance-scale", "4", *flags)
+    assert ended.returncode == 0, ended.stderr
+    frames = np.load(next(tmp_path.glob("*.npy")))
+    torch.set_num_threads(1)
+    reference = WanPipeline.from_pretrained(str(tiny_model), dtype=torch.float32)
+    made = reference(
+        "A cat &amp; a  dog",
+        "blurry",
+        height=48,
+        width=32,
+        num_frames=9,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(11),
+        output_type="np",
+    ).frames[0]
+    difference = np.abs(frames.astype(int) - np.round(made * 255).astype(int))
+    assert frames.shape == (9, 48, 32, 3)
+    assert difference.max() <= 1
+    assert frames.std() > 10, "a picture that is not flat"
 
 
 def test_a_prompt_file_gives_one_job_a_line_and_every_path(tiny_model: Path, tmp_path: Path) -> None:
