@@ -33,7 +33,7 @@ class ServerArgs:
     frame_slots: int = option(4, "buffers for decoded frames on their way to the encoder", minimum=1)
     state_dir: str | None = option(None, "folder of journal, checkpoints and artifacts; unset: a temporary one")
     startup_timeout_s: float = option(1800.0, "seconds until all workers must be ready", minimum=1)
-    drain_grace_s: float = option(30.0, "seconds that running jobs get to finish at the end", minimum=0)
+    drain_grace_s: float = option(30.0, "seconds that running jobs get to finish after SIGTERM", minimum=0)
     log_level: str = option("warning", "of every process", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
