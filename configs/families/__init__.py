@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safelight.configs.families import wan
 from safelight.configs.families.base import Family, ModelSpec, Variant
+from safelight.configs.families.wan import FAMILY as WAN
 from safelight.runtime.errors import ModelError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (wan.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN,)}
 
 __all__ = ["FAMILIES", "Family", "ModelSpec", "Variant", "identify"]
 
