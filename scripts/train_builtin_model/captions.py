@@ -15,8 +15,8 @@ SIZES = {"small": ("small", "small", "little", "tiny"), "big": ("big", "big", "l
 FILLERS = ("cute", "nice", "beautiful", "simple", "lovely", "shiny", "happy", "cool")
 # Synonyms that take no article although their noun does.
 BARE = frozenset(
-    "rain snow lightning milk coffee soda luggage cutlery yarn thread dynamite wood bricks books custard lips "
-    "headphones ramen stew".split()
+    ["rain", "snow", "lightning", "milk", "coffee", "soda", "luggage", "cutlery", "yarn", "thread", "dynamite", "wood"]
+    + ["bricks", "books", "custard", "lips", "headphones", "ramen", "stew"]
 )
 PREFIXES = (
     "a picture of", "an image of", "a photo of", "a drawing of", "an illustration of", "an emoji of", "an icon of",
@@ -57,9 +57,12 @@ RELATIONS = {
     ),
 }  # fmt: skip
 MOTIONS = {
-    "left": ("moving left", "moving left", "moving to the left", "going left", "sliding left", "moving from right to left"),
+    "left": (
+        "moving left", "moving left", "moving to the left", "going left", "sliding left", "moving from right to left",
+    ),
     "right": (
-        "moving right", "moving right", "moving to the right", "going right", "sliding right", "moving from left to right",
+        "moving right", "moving right", "moving to the right", "going right", "sliding right",
+        "moving from left to right",
     ),
     "up": ("moving up", "moving up", "moving upwards", "going up", "rising", "flying up"),
     "down": ("moving down", "moving down", "moving downwards", "going down", "falling", "falling down"),
@@ -72,7 +75,7 @@ STILL = ("", "", "", "standing still", "not moving")
 
 
 def article(phrase: str) -> str:
-    """"a" or "an", by sound as far as this vocabulary needs it ("a unicorn", "an hourglass")."""
+    """The article "a" or "an", by sound as far as this vocabulary needs it ("a unicorn", "an hourglass")."""
     if re.match(r"(uni|u[^aeiou]e|ufo|euro|one)", phrase):
         return "a"
     return "an" if re.match(r"([aeiou]|hour)", phrase) else "a"
@@ -81,7 +84,7 @@ def article(phrase: str) -> str:
 def noun_phrase(
     rng: random.Random, subject: Subject, *, colour: str | None = None, size: str | None = None, count: int = 1
 ) -> str:
-    """"a small red apple", "two kites", "some bread". A count above 1 needs a countable subject."""
+    """Such as "a small red apple", "two kites", "some bread". A count above 1 needs a countable subject."""
     adjectives = [rng.choice(SIZES[size])] if size else []
     if rng.random() < 0.04:
         adjectives.append(rng.choice(FILLERS))
@@ -103,7 +106,7 @@ def noun_phrase(
 
 
 def background_phrase(rng: random.Random, colour: str) -> str:
-    """"on a blue background" and its variants."""
+    """Such as "on a blue background"."""
     name = rng.choice((colour, colour, colour, *BACKGROUND_SYNONYMS.get(colour, ())))
     text = rng.choice(ON_BACKGROUND).format(name)
     return re.sub(r"\ba(?= [aeiou])", "an", text)

@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
         self.load_state_dict({**weights, "text_encoder.encoder.embed_tokens.weight": tied})
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: (B, L), zero padded -> (B, L + 1, E): zero after each caption's end; the last row is the folded padding."""
+        """ids: (B, L), zero padded -> (B, L + 1, E): zero past a caption's end; the last row is the padding."""
         mask = (ids != 0).long()
         states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.pad(states * mask[..., None], (0, 0, 0, 1))

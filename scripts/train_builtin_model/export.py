@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from train_builtin_model.checkpoint import load_checkpoint, with_prefix
 from train_builtin_model.denoiser import Denoiser
 from train_builtin_model.models import make_scheduler, make_text_encoder, make_transformer, make_vae
 from train_builtin_model.tokenizer import build_tokenizer, vocabulary_words
-from train_builtin_model.vocab import BACKGROUND_SYNONYMS, BACKGROUNDS, RECOLOURS, load_vocabulary
+from train_builtin_model.vocab import BACKGROUND_SYNONYMS, BACKGROUNDS, RECOLOURS, core_sprites, load_vocabulary
 
 
 def build_pipeline(out: Path) -> WanPipeline:
@@ -36,9 +37,12 @@ def build_pipeline(out: Path) -> WanPipeline:
     )  # fmt: skip
 
 
-def vocabulary_file() -> dict[str, list[str]]:
+def vocabulary_file(core: bool) -> dict[str, list[str]]:
     """What the model knows, for a front end that wants to say so: lower-case words, subjects, colours."""
     vocabulary = load_vocabulary()
+    if core:
+        kept = {vocabulary.sprites[i].subject for i in core_sprites(vocabulary)}
+        vocabulary = replace(vocabulary, subjects=tuple(vocabulary.subjects[i] for i in sorted(kept)), sprites=())
     subjects = {name for s in vocabulary.subjects for name in (s.noun, *s.synonyms)}
     synonyms = {name for names in BACKGROUND_SYNONYMS.values() for name in names}
     words = {word for entry in vocabulary_words(vocabulary) for word in re.findall(r"[^\s,.]+", entry)}
@@ -54,12 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--folder", type=Path, required=True, help="folder to write")
+    parser.add_argument("--core", action="store_true", help="only the small vocabulary was trained to the end")
     args = parser.parse_args()
     logging.set_verbosity_error()
     pipeline = build_pipeline(args.out)
     pipeline.to(torch.bfloat16)
     pipeline.save_pretrained(args.folder, safe_serialization=True)
-    text = json.dumps(vocabulary_file(), indent=1, ensure_ascii=False)
+    text = json.dumps(vocabulary_file(args.core), indent=1, ensure_ascii=False)
     (args.folder / "vocabulary.json").write_text(text + "\n", encoding="utf-8")
     size = sum(p.stat().st_size for p in args.folder.rglob("*.safetensors"))
     print(f"{args.folder}: {size / 1e6:.2f} MB of weights")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from train_builtin_model.compose import SceneBatch, pack_scenes
 from train_builtin_model.scenes import LENGTH_WEIGHTS, LENGTHS, SceneMaker
 from train_builtin_model.tokenizer import build_tokenizer
-from train_builtin_model.vocab import load_vocabulary
+from train_builtin_model.vocab import core_sprites, load_vocabulary
 
 CAPTION_TOKENS = 31  # the longest caption, end mark included, has fewer
 
@@ -31,14 +31,17 @@ class Block:
 class SceneBlocks(IterableDataset[Block]):
     """Endless blocks: `images` one-frame scenes or `videos` clips of one length, by turns at random."""
 
-    def __init__(self, clash: NDArray[np.float32], images: int, videos: int, video_share: float, seed: int) -> None:
+    def __init__(
+        self, clash: NDArray[np.float32], images: int, videos: int, video_share: float, seed: int, core: bool = False
+    ) -> None:
         self.clash, self.images, self.videos, self.video_share, self.seed = clash, images, videos, video_share, seed
+        self.core = core
 
     def __iter__(self) -> Iterator[Block]:
         info = get_worker_info()
         seed = self.seed * 1000 + (info.id if info else 0)
         vocabulary = load_vocabulary()
-        maker = SceneMaker(vocabulary, self.clash, seed)
+        maker = SceneMaker(vocabulary, self.clash, seed, core_sprites(vocabulary) if self.core else None)
         tokenizer = build_tokenizer(vocabulary)
         rng, array_rng = random.Random(seed + 500), np.random.default_rng(seed)
         while True:

@@ -17,8 +17,16 @@ def make_vae() -> AutoencoderKLWan:
     """8x spatial and 4x temporal compression; about 0.9 M parameters."""
     return AutoencoderKLWan(
         base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-        temperal_downsample=[False, True, True], latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
+        temperal_downsample=[False, True, True], latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def initialise_vae(vae: AutoencoderKLWan) -> None:
+    """Start with almost no noise on the latents: their means begin near 0.1, which unit noise would drown."""
+    vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
+    vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
 
 
 def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:

@@ -26,23 +26,33 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon:
-    """For matrices inside the network only; embeddings, first and last layers and vectors belong to AdamW."""
+    """For matrices and filters inside the network; embeddings, first and last layers and vectors belong to AdamW.
+
+    A filter (O, I, ...) counts as the matrix (O, I * ...).
+    """
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95) -> None:
         by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for parameter in parameters:
             by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
         self.groups = list(by_shape.values())
-        self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
+        self.buffers = [torch.zeros((len(g), *g[0].flatten(1).shape), device=g[0].device) for g in self.groups]
         self.momentum = momentum
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One update; the step of an R x C matrix has spectral norm learning_rate * sqrt(max(1, R / C))."""
+        """One update; the step of an R x C matrix has spectral norm learning_rate * sqrt(max(1, R / C)).
+
+        Parameters of one shape are updated together, or not at all when one of them has no gradient.
+        """
         for group, buffer in zip(self.groups, self.buffers, strict=True):
-            gradient = torch.stack([p.grad for p in group if p.grad is not None])
+            gradients = [p.grad.flatten(1) for p in group if p.grad is not None]
+            if len(gradients) < len(group):
+                continue
+            gradient = torch.stack(gradients)
             buffer.lerp_(gradient, 1 - self.momentum)
             update = orthogonalise(gradient.lerp(buffer, self.momentum)).float()
-            rows, columns = group[0].shape
+            rows, columns = buffer.shape[1:]
             scale = learning_rate * max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_(group, list(update.unbind(0)), alpha=-scale)
+            updates = [u.view_as(p) for u, p in zip(update.unbind(0), group, strict=True)]
+            torch._foreach_add_(group, updates, alpha=-scale)

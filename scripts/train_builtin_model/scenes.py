@@ -44,22 +44,26 @@ def _still(x: float, y: float, size: float) -> tuple[float, ...]:
 
 
 class SceneMaker:
-    """Draws scenes from a seeded generator. clash: (sprites, backgrounds), from the sprite file."""
+    """Draws scenes from a seeded generator. clash: (sprites, backgrounds) of the sprite file; only: which sprites."""
 
-    def __init__(self, vocabulary: Vocabulary, clash: NDArray[np.float32], seed: int) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, clash: NDArray[np.float32], seed: int, only: frozenset[int] | None = None
+    ) -> None:
         self.vocabulary = vocabulary
         self.rng = random.Random(seed)
         self.names = list(BACKGROUNDS)
         self.clear = [[n for j, n in enumerate(self.names) if row[j] < CLASH] or ["white"] for row in clash]
-        self.by_subject = [vocabulary.sprites_of(i) for i in range(len(vocabulary.subjects))]
+        families = [vocabulary.sprites_of(i) for i in range(len(vocabulary.subjects))]
+        kept = ([s for s in family if only is None or s in only] for family in families)
+        self.by_subject = [family for family in kept if family]
+        self.family_size = {s: len(family) for family in self.by_subject for s in family}
 
     def sprite(self, countable: bool = False) -> int:
         """A sprite: subjects evenly, the base picture of a subject with colours half of the time."""
         while True:
-            subject = self.rng.randrange(len(self.by_subject))
-            if countable and self.vocabulary.subjects[subject].mass:
+            own = self.rng.choice(self.by_subject)
+            if countable and self.vocabulary.subjects[self.vocabulary.sprites[own[0]].subject].mass:
                 continue
-            own = self.by_subject[subject]
             # Coloured families are drawn more often, as they have up to ten pictures to learn.
             if len(own) == 1 and self.rng.random() < 0.25:
                 continue
@@ -68,7 +72,7 @@ class SceneMaker:
     def phrase(self, sprite: int, size: str | None = None, count: int = 1) -> str:
         """The noun phrase for a sprite; pictures that are not the base one always name their colour."""
         entry = self.vocabulary.sprites[sprite]
-        own = len(self.by_subject[entry.subject])
+        own = self.family_size[sprite]
         named = not entry.base or (entry.colour is not None and self.rng.random() < (0.5 if own > 1 else 0.25))
         subject = self.vocabulary.subjects[entry.subject]
         return captions.noun_phrase(self.rng, subject, colour=entry.colour if named else None, size=size, count=count)

@@ -40,7 +40,8 @@ def case_folding_map() -> bytes:
         rules.write_text("".join(f"{ord(c):X}\t{ord(c.lower()):X}\n" for c in string.ascii_uppercase))
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([string.ascii_lowercase] * 20), model_writer=out, vocab_size=30, model_type="unigram",
+            sentence_iterator=iter([string.ascii_lowercase] * 20), model_writer=out, vocab_size=30,
+            model_type="unigram",
             normalization_rule_tsv=str(rules), hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
     model = sentencepiece_model_pb2.ModelProto()

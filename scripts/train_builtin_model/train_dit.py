@@ -33,9 +33,9 @@ from train_builtin_model.vocab import load_vocabulary
 ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 1.5e-3, 0.012, 150
 EMA = 0.9985
 CAPTION_DROPOUT = 0.1
-IMAGE_SHARE = 0.52  # of all steps; most others are of 17 frames
 LENGTH_SHARE = {17: 0.76, 13: 0.08, 9: 0.08, 5: 0.08}
-ENCODE_SHARE = 0.2  # of the time, for fresh scenes
+ENCODE_SHARE = 0.12  # of the time, for fresh scenes
+SMALL_CAPACITY = {1: 6000, 17: 200, 13: 30, 9: 30, 5: 30}
 CAPACITY = {1: 400_000, 17: 50_000, 13: 8_000, 9: 8_000, 5: 8_000}
 
 
@@ -46,7 +46,8 @@ def rate_factor(progress: float, step: int) -> float:
 
 def split_parameters(model: Denoiser) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """-> (for Muon, for AdamW)."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = ".blocks." in name or ".block." in name or "condition_embedder" in name
         embedding = "shared" in name or "embed_tokens" in name or "relative_attention_bias" in name
@@ -74,14 +75,15 @@ class Trainer:
         sprites = np.load(args.sprites)
         # Workers fork before the first use of the GPU in this process; each part has scenes of its own.
         seed = args.seed + round(1000 * args.schedule[0])
-        blocks = start_loader(SceneBlocks(sprites["clash"], args.images, args.videos, 0.45, seed), args.workers)
+        data = SceneBlocks(sprites["clash"], args.images, args.videos, args.video_share, seed, args.core)
+        blocks = start_loader(data, args.workers)
         next(blocks)
         torch.set_float32_matmul_precision("high")
         weights, vae_meta = load_checkpoint(args.out, "vae")
         vae = make_vae().to(self.device).requires_grad_(False)
         vae.load_state_dict(with_prefix("vae", weights))
         compositor = Compositor(sprites["rgba"], self.device, torch.bfloat16 if on_gpu else torch.float32)
-        capacity = CAPACITY if on_gpu else {frames: 64 for frames in CAPACITY}
+        capacity = CAPACITY if on_gpu else SMALL_CAPACITY
         statistics = (vae_meta["latents_mean"], vae_meta["latents_std"])
         self.bank = LatentBank(ClipVae(vae, fuse=on_gpu), compositor, blocks, capacity, statistics, self.device)
         self.model = self._make_model()
@@ -89,9 +91,12 @@ class Trainer:
         self.average_parameters, self.parameters = list(self.average.parameters()), list(self.model.parameters())
         self.model.use_training_attention(CAPTION_TOKENS)
         if on_gpu and not args.no_compile:
+            torch.fx.experimental._config.use_duck_shape = False  # 64 tokens and 64 per head are no relation
             for block in self.model.transformer.blocks:
                 block.compile(dynamic=True)
         matrices, others = split_parameters(self.model)
+        if args.adam_only:
+            matrices, others = [], others + matrices
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu)
         self.random = random.Random(seed)
@@ -107,7 +112,7 @@ class Trainer:
 
     def batch(self) -> tuple[bool, torch.Tensor, torch.Tensor]:
         """A batch of one clip length with about the same number of tokens whatever the length."""
-        if self.random.random() < IMAGE_SHARE:
+        if self.random.random() < self.args.image_share:
             return False, *self.bank.rings[1].draw(self.args.batch)
         frames = self.random.choices(list(LENGTH_SHARE), list(LENGTH_SHARE.values()))[0]
         return True, *self.bank.rings[frames].draw(max(1, self.args.batch // ((frames - 1) // 4 + 1)))
@@ -116,7 +121,7 @@ class Trainer:
         """One update. -> whether of clips, loss on the device."""
         factor = rate_factor(progress, index)
         video, latents, ids = self.batch()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16):
             loss = flow_loss(self.model, latents, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
@@ -181,11 +186,15 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, default=5.0)
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--schedule", type=float, nargs=2, default=(0.0, 1.0), help="progress at start and end")
-    parser.add_argument("--batch", type=int, default=1024, help="images in a batch; clips in proportion to tokens")
+    parser.add_argument("--image-share", type=float, default=0.52, help="of all steps; most others are of 17 frames")
+    parser.add_argument("--video-share", type=float, default=0.6, help="of freshly drawn blocks")
+    parser.add_argument("--core", action="store_true", help="the small vocabulary of core_subjects.txt")
+    parser.add_argument("--adam-only", action="store_true", help="no Muon, whose step is dear without a GPU")
+    parser.add_argument("--batch", type=int, default=512, help="images in a batch; clips in proportion to tokens")
     parser.add_argument("--images", type=int, default=256, help="images in a freshly drawn block")
     parser.add_argument("--videos", type=int, default=16, help="clips in a freshly drawn block")
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--fill-seconds", type=float, default=25.0)
+    parser.add_argument("--fill-seconds", type=float, default=28.0)
     parser.add_argument("--save-seconds", type=float, default=90.0)
     parser.add_argument("--log-every", type=int, default=200)
     parser.add_argument("--no-compile", action="store_true")

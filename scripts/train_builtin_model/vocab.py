@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+CORE_FILE = Path(__file__).with_name("core_subjects.txt")
 SUBJECTS_FILE = Path(__file__).with_name("subjects.txt")
 
 Colour = tuple[int, int, int]
@@ -141,3 +142,16 @@ def load_vocabulary(path: Path = SUBJECTS_FILE) -> Vocabulary:
         present = {sprite.colour for sprite in sprites if sprite.subject == subject}
         sprites += [Sprite(glyph, subject, c, base=False, recoloured=True) for c in RECOLOURS if c not in present]
     return Vocabulary(tuple(subjects), tuple(sprites))
+
+
+def core_sprites(vocabulary: Vocabulary, path: Path = CORE_FILE) -> frozenset[int]:
+    """The sprites of a small vocabulary, for training without a GPU. Lines: noun, or noun: colours."""
+    chosen: set[int] = set()
+    nouns = {subject.noun: i for i, subject in enumerate(vocabulary.subjects)}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        noun, _, colours = line.partition(":")
+        for index in vocabulary.sprites_of(nouns[noun.strip()]):
+            sprite = vocabulary.sprites[index]
+            if (sprite.colour in colours.split()) if colours else sprite.base:
+                chosen.add(index)
+    return frozenset(chosen)
