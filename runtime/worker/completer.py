@@ -55,7 +55,7 @@ class Completer:
             if op.chunk:
                 self._hand_over(op.chunk)
         plan = launched.plan
-        self._link.last_done = plan.number
+        self._link.note_done(plan)
         self._link.send(
             PlanDone(
                 scheduler_epoch=plan.scheduler_epoch,

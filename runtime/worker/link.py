@@ -46,7 +46,7 @@ class Link:
 
     def __init__(self, spec: WorkerSpec, held: Callable[[], tuple[HeldState, ...]]) -> None:
         self.plans: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
-        self.last_done = -1
+        self._done = (-1, -1)  # scheduler epoch and number of the last plan completed
         self._spec = spec
         self._held = held
         self._ready: Ready | None = None
@@ -67,6 +67,10 @@ class Link:
     def send_chunk(self, message: ChunkReady, frames: Sequence[bytes | memoryview] = ()) -> None:
         """Queues a chunk announcement to the output process."""
         self._post(self._to_output, message, frames)
+
+    def note_done(self, plan: Plan) -> None:
+        """A plan is complete; inventories say so from now on."""
+        self._done = (plan.scheduler_epoch, plan.number)
 
     def announce_ready(self, ready: Ready) -> None:
         """Sends Ready now, and again to every scheduler that starts later."""
@@ -141,8 +145,13 @@ class Link:
             ready=self._ready is not None,
             scheduler_epoch=self._gate.received_epoch,
             last_received=self._gate.last_received,
-            last_done=self.last_done,
+            last_done=self._last_done(),
         )
+
+    def _last_done(self) -> int:
+        """Of the scheduler whose plan came last: the numbers of different schedulers cannot be compared."""
+        epoch, number = self._done
+        return number if epoch == self._gate.received_epoch else -1
 
     def _inventory(self, asker: int) -> Inventory:
         spec = self._spec
@@ -153,7 +162,7 @@ class Link:
             group_epoch=spec.group_epoch,
             received_epoch=self._gate.received_epoch,
             last_received=self._gate.last_received,
-            last_done=self.last_done,
+            last_done=self._last_done(),
             states=self._held(),
         )
 
