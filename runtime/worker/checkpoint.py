@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safelight.runtime.messages import CheckpointRef, ErrorInfo
 class SaveTask:
     """`tensors` is called on the writer's thread after `after` (a CUDA event) has passed; it returns CPU tensors."""
 
-    name: str
+    name: str  # of the output; the file's name has the step as well
     step: int
     tensors: Callable[[], dict[str, torch.Tensor]]
     after: torch.cuda.Event | None
@@ -31,38 +30,59 @@ class SaveTask:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in order on one thread; `report` gets the reference or the reason of a failure."""
+    """Writes checkpoints on one thread; `report` gets the reference or the reason of a failure.
+
+    A task takes the place of one of the same name that still waits, which is never written or reported: a disk slower
+    than the steps holds one state per output on the device, not one per step.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._tasks: queue.SimpleQueue[SaveTask | None] = queue.SimpleQueue()
+        self._waiting: dict[str, SaveTask] = {}
+        self._closed = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def submit(self, task: SaveTask) -> None:
-        self._tasks.put(task)
+        with self._changed:
+            self._waiting[task.name] = task
+            self._changed.notify()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Finishes what is queued."""
-        self._tasks.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                task.report(self._write(task))
-            except (OSError, RuntimeError) as error:
-                task.report(ErrorInfo(JobFailed.code, f"checkpoint {task.name} was not written: {error}"))
+        while self._write_next():
+            pass  # and no task is held between two: it holds a state
+
+    def _write_next(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return False
+            task = self._waiting.pop(next(iter(self._waiting)))
+        try:
+            task.report(self._write(task))
+        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            reason = f"checkpoint {task.name} of step {task.step} was not written: {error}"
+            task.report(ErrorInfo(JobFailed.code, reason))
+        return True
 
     def _write(self, task: SaveTask) -> CheckpointRef:
         if task.after is None:
             tensors = task.tensors()
         else:
             task.after.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            side = torch.cuda.Stream(task.after.device)  # type: ignore[no-untyped-call]  # a new thread is on device 0
+            with torch.cuda.stream(side):
                 tensors = task.tensors()
         data = safetensors.torch.save(tensors)
-        path = self._folder / f"{task.name}.safetensors"
+        path = self._folder / f"{task.name}-{task.step}.safetensors"
         write_durably(path, data)
         return CheckpointRef(str(path), task.step, hashlib.sha256(data).hexdigest())
 

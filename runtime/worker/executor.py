@@ -209,7 +209,7 @@ class Executor:
             return
         self._checkpoints.submit(
             SaveTask(
-                name=f"{op.job}-{op.attempt}-{op.index}-{state.step}",
+                name=f"{op.job}-{op.attempt}-{op.index}",
                 step=state.step,
                 tensors=partial(self._pipeline.save, state),
                 after=self._event(),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from safelight.configs.families import identify
 from safelight.runtime import logs
-from safelight.runtime.errors import ConfigError, SafelightError
+from safelight.runtime.errors import ConfigError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.parallel.degrees import choose_degrees
@@ -57,7 +57,7 @@ def main(spec_bytes: bytes, status: Connection) -> None:
         with torch.inference_mode():
             _serve(spec, link, tell, executors)
     except Exception as error:  # the process main: whatever it is ends this group, with its reason
-        log.error("rank ends: %s", error, exc_info=not isinstance(error, SafelightError))
+        log.error("rank ends: %s", error, exc_info=log.isEnabledFor(logging.INFO))
         failed = GroupFailed(spec.group, spec.rank, spec.group_epoch, error_info(error))
         link.send(failed)
         tell(failed)
