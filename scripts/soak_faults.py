@@ -3,9 +3,9 @@
 
     python scripts/soak_faults.py MODEL_DIR [--faults 100] [--num-gpus 2] [--replicas 1] [--seed 0]
 
-MODEL_DIR is a checkpoint such as `scripts/make_checkpoint.py wan2.1-t2v DIR` makes. Four jobs are always in flight, one of
-them detached. Each must end once, completed, with exactly the frames of an undisturbed run. Prints one JSON line with the
-counts, and exits with 1 if anything was lost, answered twice or changed.
+MODEL_DIR is a checkpoint such as `scripts/make_checkpoint.py wan2.1-t2v DIR` makes. Four jobs are always in flight,
+one of them detached. Each must end once, completed, with exactly the frames of an undisturbed run. Prints one JSON line
+with the counts, and exits with 1 if anything was lost, answered twice or changed.
 """
 
 from __future__ import annotations
