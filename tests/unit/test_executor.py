@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ class Rig:
             ranks_on_host=1,
             log_level="info",
         )
-        self.executor = Executor(FakePipeline(), spec, self.checkpoints, self.sent.append)
+        self.pipeline = FakePipeline()
+        self.executor = Executor(self.pipeline, spec, self.checkpoints, self.sent.append)
         self.number = 0
 
     def run(self, *ops: Op) -> Launched:
@@ -225,3 +227,21 @@ def test_a_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None
     [failed] = rig.sent
     assert isinstance(failed, CheckpointFailed)
     assert "was not written" in failed.error.message
+
+
+def test_a_slow_disk_does_not_make_checkpoints_pile_up(rig: Rig) -> None:
+    begun, resume = threading.Event(), threading.Event()
+    save = rig.pipeline.save
+
+    def slowly(state: DenoiseState) -> dict[str, torch.Tensor]:
+        begun.set()
+        assert resume.wait(10)
+        return save(state)
+
+    rig.pipeline.save = slowly  # type: ignore[method-assign]
+    rig.run(*start(), step("a", 0), Checkpoint("a", 0, 0, 1))
+    assert begun.wait(10)
+    rig.run(step("a", 1), Checkpoint("a", 0, 0, 2), step("a", 2), Checkpoint("a", 0, 0, 3))
+    resume.set()
+    rig.checkpoints.close()
+    assert [m.ref.step for m in rig.sent if isinstance(m, CheckpointCommitted)] == [1, 3]
