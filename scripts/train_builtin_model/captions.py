@@ -15,9 +15,9 @@ SIZES = {"small": ("small", "small", "little", "tiny"), "big": ("big", "big", "l
 FILLERS = ("cute", "nice", "beautiful", "simple", "lovely", "shiny", "happy", "cool")
 # Synonyms that take no article although their noun does.
 BARE = frozenset(
-    ["rain", "snow", "lightning", "milk", "coffee", "soda", "luggage", "cutlery", "yarn", "thread", "dynamite", "wood"]
-    + ["bricks", "books", "custard", "lips", "headphones", "ramen", "stew"]
-)
+    ("rain", "snow", "lightning", "milk", "coffee", "soda", "luggage", "cutlery", "yarn", "thread", "dynamite", "wood",
+     "bricks", "books", "custard", "lips", "headphones", "ramen", "stew")
+)  # fmt: skip
 PREFIXES = (
     "a picture of", "an image of", "a photo of", "a drawing of", "an illustration of", "an emoji of", "an icon of",
     "show me", "draw",

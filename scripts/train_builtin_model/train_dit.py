@@ -98,7 +98,7 @@ class Trainer:
         if args.adam_only:
             matrices, others = [], others + matrices
         self.muon = Muon(matrices)
-        self.adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu)
+        self.adam = torch.optim.AdamW(others, lr=args.adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu)
         self.random = random.Random(seed)
 
     def _make_model(self) -> Denoiser:
@@ -125,7 +125,7 @@ class Trainer:
             loss = flow_loss(self.model, latents, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
-        self.adam.param_groups[0]["lr"] = ADAM_RATE * factor
+        self.adam.param_groups[0]["lr"] = self.args.adam_rate * factor
         self.adam.step()
         self.muon.step(MUON_RATE * factor)
         self.model.zero_grad(set_to_none=False)
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--image-share", type=float, default=0.52, help="of all steps; most others are of 17 frames")
     parser.add_argument("--video-share", type=float, default=0.6, help="of freshly drawn blocks")
     parser.add_argument("--core", action="store_true", help="the small vocabulary of core_subjects.txt")
+    parser.add_argument("--adam-rate", type=float, default=ADAM_RATE)
     parser.add_argument("--adam-only", action="store_true", help="no Muon, whose step is dear without a GPU")
     parser.add_argument("--batch", type=int, default=512, help="images in a batch; clips in proportion to tokens")
     parser.add_argument("--images", type=int, default=256, help="images in a freshly drawn block")
