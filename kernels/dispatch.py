@@ -7,6 +7,9 @@ result is rounded once to the dtype of the first argument.
 
 attention(q, k, v)                      q: (B, S, H, D), k, v: (B, T, H, D) -> (B, S, H, D); full, unmasked softmax with
                                         scale D^-0.5; any strides with a dense last dim; H may be 0 (empty result).
+attention_lse(q, k, v)                  the same, and the log of each row's sum of exponentials: (B, S, H) float32,
+                                        natural logarithm of the scaled scores. T may be 0: zeros and -inf. Two
+                                        results over different keys merge exactly (parallel/ring.py).
 rms_norm(x, weight, eps)                x: (B, S, E), weight: (E,) -> (B, S, E), over the whole width.
 rms_norm_rope(x, weight, cos, sin, eps) the same, then neighbouring pairs (2i, 2i+1) of every head rotated by the
                                         angle in cos, sin: (S, D/2) float32 (Su et al., arXiv 2104.09864).
@@ -24,12 +27,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from safelight.kernels import fused_attention
 from safelight.kernels.reference import ops as reference
+from safelight.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class KernelSet:
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attention_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -50,6 +56,7 @@ def reference_kernels() -> KernelSet:
     return KernelSet(
         "reference",
         reference.attention,
+        fused_attention.attention_lse,
         reference.rms_norm,
         reference.rms_norm_rope,
         reference.layer_norm,
@@ -65,6 +72,7 @@ def triton_kernels() -> KernelSet:
     return KernelSet(
         "triton",
         reference.attention,  # torch's own choice takes cuDNN on Hopper: 570-620 TFLOP/s there
+        fused_attention.attention_lse,
         rows.rms_norm,
         rows.rms_norm_rope,
         rows.layer_norm,
@@ -73,11 +81,25 @@ def triton_kernels() -> KernelSet:
     )
 
 
-def select_kernels(device: torch.device) -> KernelSet:
+def select_kernels(device: torch.device, attention: str = "auto") -> KernelSet:
     """The fastest set for a device: fused on CUDA, also in compiled blocks, plain torch elsewhere.
 
-    CUDA without triton (it comes with torch's CUDA wheels on Linux) is served by plain torch, with a warning.
+    `attention`: `auto` and `torch_sdpa` are torch's kernels, `fa` flash-attn's. CUDA without triton (it comes with
+    torch's CUDA wheels on Linux) is served by plain torch, with a warning. Raises ConfigError: `fa` cannot be had.
     """
+    kernels = _device_kernels(device)
+    if attention != "fa":
+        return kernels
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--attention-backend fa runs on CUDA, the model is on {device.type}; use --attention-backend auto",
+            param="attention_backend",
+        )
+    flash = fused_attention.flash_attention_lse()
+    return replace(kernels, attention=lambda q, k, v: flash(q, k, v)[0], attention_lse=flash)
+
+
+def _device_kernels(device: torch.device) -> KernelSet:
     if device.type != "cuda":
         return reference_kernels()
     try:

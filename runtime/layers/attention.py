@@ -1,29 +1,26 @@
-"""Self-attention with rotary positions, sharded by Ulysses when its group has several ranks, and cross-attention."""
+"""Self-attention with rotary positions, over all ranks that share the sequence, and cross-attention."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of
 from safelight.runtime.layers.norm import RMSNorm
 from safelight.runtime.layers.rope import Rotary
-from safelight.runtime.parallel.ulysses import heads_to_tokens, tokens_to_heads
+from safelight.runtime.parallel.sequence import SequenceGroups
 
 
 class SelfAttention(nn.Module):
-    """x: (B, S/u, E) -> (B, S/u, E), attending over all S tokens; q and k are RMS-normed across heads, then rotated.
+    """x: (B, S/sp, E) -> (B, S/sp, E), attending over all S tokens; q and k are RMS-normed across heads, then rotated.
 
-    `rotary` holds this rank's tokens; `length` is S. Shards follow `ulysses.split_sizes`.
+    `rotary` holds this rank's tokens; `length` is S. Shares follow `SequenceGroups.shard`.
     """
 
-    def __init__(
-        self, width: int, heads: int, eps: float, kernels: KernelSet, *, group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, width: int, heads: int, eps: float, kernels: KernelSet, *, groups: SequenceGroups) -> None:
         super().__init__()
-        self.heads, self.kernels, self.group = heads, kernels, group
+        self.heads, self.kernels, self.groups = heads, kernels, groups
         self.qkv = Linear(width, 3 * width)
         self.norm_q = RMSNorm(width, eps, kernels)
         self.norm_k = RMSNorm(width, eps, kernels)
@@ -34,14 +31,13 @@ class SelfAttention(nn.Module):
         q = torch.unflatten(self.norm_q.rotated(q, *rotary), 2, (self.heads, -1))
         k = torch.unflatten(self.norm_k.rotated(k, *rotary), 2, (self.heads, -1))
         v = torch.unflatten(v, 2, (self.heads, -1))
-        q, k, v = tokens_to_heads((q, k, v), length, group=self.group)
-        attended = heads_to_tokens(self.kernels.attention(q, k, v), self.heads, group=self.group)
+        attended = self.groups.attention(q, k, v, length, self.kernels)
         y: Tensor = self.out(attended.flatten(2), adapters_of(adapters, "out"))
         return y
 
 
 class CrossAttention(nn.Module):
-    """x: (B, S/u, E), context: (B, T, E) -> (B, S/u, E). Every rank holds the whole context and all heads."""
+    """x: (B, S/sp, E), context: (B, T, E) -> (B, S/sp, E). Every rank holds the whole context and all heads."""
 
     def __init__(self, width: int, heads: int, eps: float, kernels: KernelSet) -> None:
         super().__init__()

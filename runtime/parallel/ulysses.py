@@ -34,16 +34,15 @@ def shard_tokens(x: Tensor, *, dim: int = 1, group: dist.ProcessGroup | None) ->
 def gather_tokens(x: Tensor, length: int, *, group: dist.ProcessGroup | None) -> Tensor:
     """Whole tensor from the ranks' shares: (B, S/u, ...) -> (B, S, ...), S = `length`. Inverse: `shard_tokens`.
 
-    Shares are padded to the largest for the all-gather, and the padding is cut off again.
+    Sent as an all-to-all of equal messages, because an all-gather would need shares of one length.
     """
     if group is None:
         return x
-    sizes = split_sizes(length, dist.get_world_size(group))
-    padded = x.new_zeros((sizes[0], x.shape[0], *x.shape[2:]))
-    padded[: x.shape[1]] = x.transpose(0, 1)
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]).transpose(0, 1)
+    world, rest = dist.get_world_size(group), x.shape[2:]
+    sizes = split_sizes(length, world)
+    row = x.shape[0] * rest.numel()
+    received = _exchange(x.reshape(-1).repeat(world), [x.numel()] * world, [row * n for n in sizes], group)
+    return torch.cat([p.view(x.shape[0], n, *rest) for p, n in zip(received, sizes, strict=True)], dim=1)
 
 
 def tokens_to_heads(tensors: tuple[Tensor, ...], length: int, *, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:

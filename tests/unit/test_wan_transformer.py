@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from safelight.runtime.errors import ConfigError, ModelError
+from safelight.runtime.errors import ModelError
 from safelight.runtime.layers.linear import Adapter
 from safelight.runtime.layers.rope import Rotary
 from safelight.runtime.models.registry import LoadOptions
 from safelight.runtime.models.wan.transformer import WanConfig, WanText, WanTransformer
 from safelight.runtime.models.wan.weights import load_transformer, name_map
-from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.parallel.mesh import ParallelMesh
 
 TOLERANCE = 1e-4  # the design's bound on max abs error; the tests below hold a tenth of it
 TEXT_LENGTH, REAL_TEXT = 24, 7
@@ -195,12 +195,6 @@ def test_latents_that_do_not_divide_by_the_patch_are_refused(ours: WanTransforme
 def test_a_grid_beyond_the_rotary_tables_is_refused(ours: WanTransformer) -> None:
     with pytest.raises(ValueError, match="1024 positions"):
         ours.rope((1, 2, 2050))
-
-
-def test_ring_parallelism_is_refused(ours: WanTransformer) -> None:
-    mesh = ParallelMesh(0, 2, {Axis.CFG: 1, Axis.RING: 2, Axis.ULYSSES: 1}, dict.fromkeys(Axis, None), None)
-    with pytest.raises(ConfigError, match="ring degree 1 expected, got 2"), torch.device("meta"):
-        WanTransformer(ours.config, mesh, ours.kernels)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The Wan video transformer (Wan 2.1; the same network serves Wan 2.2), from our layers.
 
 Computes like diffusers' WanTransformer3DModel, float32 islands included: norms, modulation, gates, rotary positions
-and the time embedding are float32 whatever the model's dtype. With a Ulysses group, latents in and prediction out are
-whole on every rank; tokens are sharded in between.
+and the time embedding are float32 whatever the model's dtype. When ranks share the sequence, latents in and
+prediction out are whole on every rank; tokens are sharded in between.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,9 +22,8 @@ from safelight.runtime.layers.embeddings import FeedForward, TimeEmbedding, patc
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of, scoped
 from safelight.runtime.layers.norm import LayerNorm
 from safelight.runtime.layers.rope import Rope3D, Rotary
-from safelight.runtime.parallel.degrees import require_no_ring
-from safelight.runtime.parallel.mesh import Axis, ParallelMesh
-from safelight.runtime.parallel.ulysses import gather_tokens, shard_tokens
+from safelight.runtime.parallel.mesh import ParallelMesh
+from safelight.runtime.parallel.sequence import SequenceGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,11 @@ class WanText(NamedTuple):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, with adaLN modulation around the first and the last."""
 
-    def __init__(self, config: WanConfig, kernels: KernelSet, *, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, config: WanConfig, kernels: KernelSet, *, groups: SequenceGroups) -> None:
         super().__init__()
         width, heads, eps = config.width, config.num_attention_heads, config.eps
         self.kernels, self.eps = kernels, eps
-        self.self_attention = SelfAttention(width, heads, eps, kernels, group=group)
+        self.self_attention = SelfAttention(width, heads, eps, kernels, groups=groups)
         self.cross_norm = LayerNorm(width, eps, kernels) if config.cross_attn_norm else None
         self.cross_attention = CrossAttention(width, heads, eps, kernels)
         self.feed_forward = FeedForward(width, config.ffn_dim, width)
@@ -92,7 +90,7 @@ class WanBlock(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, time: Tensor, rotary: Rotary, length: int, adapters: Adapters | None = None
     ) -> Tensor:
-        """x: (B, S/u, E), text: (B, T, E), time: (B, N, 6, E) with N 1 or S/u, `length` S -> (B, S/u, E)."""
+        """x: (B, S/sp, E), text: (B, T, E), time: (B, N, 6, E) with N 1 or S/sp, `length` S -> (B, S/sp, E)."""
         k = self.kernels
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time.float()).unbind(2)
         normed = k.layer_norm_modulate(x, scale_a, shift_a, self.eps)
@@ -105,15 +103,11 @@ class WanBlock(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Predicts the velocity of the noised latents. Parameters are uninitialised: `weights.load_transformer` fills them.
-
-    Raises ConfigError for a mesh with ring parallelism.
-    """
+    """Predicts the velocity of the noised latents. Parameters are uninitialised: `weights.load_transformer` fills them."""
 
     def __init__(self, config: WanConfig, mesh: ParallelMesh, kernels: KernelSet) -> None:
         super().__init__()
-        require_no_ring(mesh)
-        self.config, self.kernels, self.group = config, kernels, mesh.group(Axis.ULYSSES)
+        self.config, self.kernels, self.groups = config, kernels, SequenceGroups.of(mesh)
         width, patch = config.width, config.patch_size
         volume = patch[0] * patch[1] * patch[2]
         self.rotary = Rope3D(config.rope_dims, config.rope_max_seq_len)
@@ -121,7 +115,7 @@ class WanTransformer(nn.Module):
         self.time_embedding = TimeEmbedding(config.freq_dim, width)
         self.time_projection = Linear(width, 6 * width)
         self.text_embedding = FeedForward(config.text_dim, width, width)
-        self.blocks = nn.ModuleList(WanBlock(config, kernels, group=self.group) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(WanBlock(config, kernels, groups=self.groups) for _ in range(config.num_layers))
         self.modulation = nn.Parameter(torch.empty(1, 2, width), requires_grad=False)
         self.projection = Linear(width, config.out_channels * volume)
 
@@ -140,7 +134,7 @@ class WanTransformer(nn.Module):
     def rope(self, shape: torch.Size | tuple[int, ...]) -> Rotary:
         """This rank's rotary table for latents (..., F, h, w): a caller that keeps it passes it to `forward`."""
         whole = self.rotary(self.grid(shape))
-        return Rotary(*(shard_tokens(table, dim=0, group=self.group) for table in whole))
+        return Rotary(*(self.groups.shard(table, dim=0) for table in whole))
 
     def forward(
         self,
@@ -158,27 +152,25 @@ class WanTransformer(nn.Module):
         rotary = self.rope(latents.shape) if rotary is None else rotary
         patches = patchify(latents.to(self.dtype), self.config.patch_size)
         length = patches.shape[1]
-        x = self.patch_embedding(
-            shard_tokens(patches, group=self.group).contiguous(), adapters_of(adapters, "patch_embedding")
-        )
+        x = self.patch_embedding(self.groups.shard(patches).contiguous(), adapters_of(adapters, "patch_embedding"))
         time, modulation = self._time(timestep, adapters)
         text = self.text_embedding(conditioning.embeds.to(self.dtype), scoped(adapters, "text_embedding"))
         for index, block in enumerate(self.blocks):
             x = block(x, text, modulation, rotary, length, scoped(adapters, f"blocks.{index}"))
         shift, scale = (self.modulation + time[:, :, None].float()).unbind(2)
         x = self.kernels.layer_norm_modulate(x, scale, shift, self.config.eps)
-        x = gather_tokens(self.projection(x, adapters_of(adapters, "projection")), length, group=self.group)
+        x = self.groups.gather(self.projection(x, adapters_of(adapters, "projection")), length)
         prediction = unpatchify(x, grid, self.config.patch_size).to(latents.dtype)
         return prediction if out is None else out.copy_(prediction)
 
     def _time(self, timestep: Tensor, adapters: Adapters | None) -> tuple[Tensor, Tensor]:
         """timestep: (B,) or (B, S) -> embedding (B, N, E) and modulation (B, N, 6, E), N = 1 or this rank's share."""
-        per_token = timestep[:, None] if timestep.ndim == 1 else shard_tokens(timestep, group=self.group)
+        per_token = timestep[:, None] if timestep.ndim == 1 else self.groups.shard(timestep)
         time = self.time_embedding(per_token, scoped(adapters, "time_embedding")).to(self.dtype)
         projected = self.time_projection(F.silu(time), adapters_of(adapters, "time_projection"))
         return time, torch.unflatten(projected, 2, (6, -1))
 
     def compile_blocks(self) -> None:
-        """Compiles the block once for all layers (one graph per latent shape; with Ulysses, collectives break it)."""
+        """Compiles the block once for all layers (one graph per latent shape; collectives break it)."""
         for block in self.blocks:
-            block.compile(fullgraph=self.group is None, dynamic=False)
+            block.compile(fullgraph=self.groups.alone, dynamic=False)

@@ -72,7 +72,7 @@ def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def load_transformer(folder: Path, options: LoadOptions) -> WanTransformer:
     """The transformer in `folder` (config.json and safetensors), on `options.device`, ready for inference.
 
-    Raises ModelError naming the file and the tensor, ConfigError for a mesh with ring parallelism.
+    Raises ModelError naming the file and the tensor.
     """
     config = WanConfig.from_json(read_json(folder / "config.json"))
     with torch.device("meta"):

@@ -1,0 +1,67 @@
+"""The token axis over a mesh: cut into one chunk per ring rank, every chunk into one share per Ulysses rank.
+
+No share differs from another by more than one token. With one rank every function is the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from safelight.kernels.dispatch import KernelSet
+from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.parallel.ring import ring_attention
+from safelight.runtime.parallel.ulysses import (
+    gather_tokens,
+    heads_to_tokens,
+    shard_tokens,
+    split_sizes,
+    tokens_to_heads,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceGroups:
+    """The two groups that share one sequence; None where the degree is 1."""
+
+    ring: dist.ProcessGroup | None
+    ulysses: dist.ProcessGroup | None
+
+    @staticmethod
+    def of(mesh: ParallelMesh) -> SequenceGroups:
+        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES))
+
+    @property
+    def alone(self) -> bool:
+        return self.ring is None and self.ulysses is None
+
+    def chunks(self, length: int) -> list[int]:
+        """Tokens of each ring rank's chunk, out of `length`."""
+        return [length] if self.ring is None else split_sizes(length, dist.get_world_size(self.ring))
+
+    def shard(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """(B, S, ...) -> this rank's (B, S/sp, ...), along `dim`. Inverse: `gather`."""
+        return shard_tokens(shard_tokens(x, dim=dim, group=self.ring), dim=dim, group=self.ulysses)
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        """(B, S/sp, ...) -> (B, S, ...) on every rank, S = `length`. Inverse: `shard`."""
+        return gather_tokens(gather_tokens(x, self._chunk(length), group=self.ulysses), length, group=self.ring)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, length: int, kernels: KernelSet) -> Tensor:
+        """q, k, v: (B, S/sp, H, D) -> (B, S/sp, H, D), attending over all S = `length` tokens.
+
+        Unified sequence parallelism (arXiv 2405.07719): Ulysses makes a rank's share of the heads whole over its ring
+        chunk, the ring lets it attend to the other chunks.
+        """
+        heads = q.shape[2]
+        q, k, v = tokens_to_heads((q, k, v), self._chunk(length), group=self.ulysses)
+        if self.ring is None:
+            out = kernels.attention(q, k, v)
+        else:
+            out = ring_attention(q, k, v, self.chunks(length), kernels.attention_lse, group=self.ring)
+        return heads_to_tokens(out, heads, group=self.ulysses)
+
+    def _chunk(self, length: int) -> int:
+        return self.chunks(length)[0 if self.ring is None else dist.get_rank(self.ring)]

@@ -1,0 +1,69 @@
+"""Starts the ranks of a distributed test: one set of gloo processes, whose program is a file beside the test.
+
+The processes are forked from a server that has imported torch and the models once. A program has
+`main(rank: int, world: int, group: ProcessGroup, *arguments)`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LIMIT_S = 90.0  # of a set of processes; a collective gives up after two thirds of it
+_PRELOAD = ["torch", "hypothesis", "safelight.runtime.models.wan.pipeline"]
+
+
+def module(path: Path) -> ModuleType:
+    """A Python file outside every package, imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = made  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+def run_ranks(program: Path, world: int, folder: Path, *arguments: Any) -> None:
+    """Runs `program` on `world` ranks to the end; `folder` is empty. Raises AssertionError with what a rank raised."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    errors = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(program, rank, world, folder, errors, arguments)) for rank in range(world)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(LIMIT_S)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    said = [] if errors.empty() else [errors.get()]
+    assert [rank.exitcode for rank in ranks] == [0] * world, "\n".join(said)
+    for rank in ranks:
+        rank.close()
+
+
+def _rank(program: Path, rank: int, world: int, folder: Path, errors: Any, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store, limit = (folder / "store").resolve().as_uri(), timedelta(seconds=LIMIT_S * 2 / 3)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
+    try:
+        with torch.inference_mode():
+            module(program).main(rank, world, dist.group.WORLD, *arguments)
+    except BaseException:
+        errors.put(f"rank {rank}: {traceback.format_exc()}")
+        raise
+    dist.destroy_process_group()
