@@ -50,20 +50,19 @@ class TakeWriter:
             file.seal = file.partial.seal()
 
     def publish(self) -> Artifact:
-        """Gives the sealed files their names; they last once the folder is synced."""
+        """Gives the sealed files their names; they last once the folder is synced. An NPY output has no second file."""
         for file in self._files.values():
             self._store.publish(self._take.job, file.partial)
-        media, files = self._job.media, self._files
-        self._files = {}
-        main = files[media.format]
+        files, self._files = self._files, {}
+        main, frames = files.pop(self._job.media.format), files.get(MediaFormat.NPY)
         assert main.seal is not None, "sealed"
         return Artifact(
             index=self._take.index,
             path=str(main.partial.final),
-            media_type=MEDIA_TYPES[media.format],
+            media_type=MEDIA_TYPES[self._job.media.format],
             nbytes=main.seal.nbytes,
             sha256=main.seal.sha256,
-            frames_path=str(files[MediaFormat.NPY].partial.final) if media.with_frames else None,
+            frames_path=str(frames.partial.final) if frames else None,
         )
 
     def discard(self) -> None:

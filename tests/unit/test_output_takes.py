@@ -139,6 +139,15 @@ def test_chunks_become_one_artifact_and_release_their_slots_in_order(bench: Benc
     assert Path(committed.artifact.path).stat().st_size == committed.artifact.nbytes
 
 
+def test_an_npy_output_with_frames_is_one_file_and_named_once(bench: Bench) -> None:
+    bench.open(format=MediaFormat.NPY, frames=1, with_frames=True)
+    bench.take()
+    bench.chunk(0, 0, np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), last=True)
+    [committed] = bench.wait(ArtifactCommitted)
+    assert committed.artifact.frames_path is None
+    assert [path.name for path in bench.artifacts.iterdir()] == [Path(committed.artifact.path).name]
+
+
 def test_with_frames_writes_both_files(bench: Bench) -> None:
     bench.open(format=MediaFormat.PNG, frames=1, with_frames=True)
     bench.take()
