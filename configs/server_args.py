@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from safelight.configs.options import check_options, option
+from safelight.configs.parallel import WantedDegrees
 from safelight.runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -21,6 +22,16 @@ class ServerArgs:
     vae_path: str | None = option(None, "directory or Hugging Face id of another VAE for the model")
     num_gpus: int = option(1, "workers over all replicas: one per GPU, or processes on a CPU", minimum=1)
     replicas: int = option(1, "independent copies of the model that share the workers evenly", minimum=1)
+    sp_degree: int | None = option(None, "ranks that share one sequence: ulysses x ring; unset: chosen", minimum=1)
+    ulysses_degree: int | None = option(None, "ranks that share the attention heads; unset: chosen", minimum=1)
+    ring_degree: int | None = option(None, "ranks that keys and values travel around; unset: chosen", minimum=1)
+    cfg_parallel_degree: int | None = option(
+        None, "2: the two predictions of guidance side by side, 1: not; unset: chosen", minimum=1
+    )
+    sp_impl: str = option("native", "sequence parallelism by", choices=("native", "yunchang"))
+    attention_backend: str = option(
+        "auto", "attention kernels: torch's, or flash-attn's (fa)", choices=("auto", "torch_sdpa", "fa")
+    )
     device: str = option("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
     dit_precision: str = option("auto", "of the transformer; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
     vae_precision: str = option("auto", "of the VAE; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
@@ -44,6 +55,18 @@ class ServerArgs:
                 "same number of workers",
                 param="replicas",
             )
+        self.wanted_degrees.layouts()
+
+    @property
+    def wanted_degrees(self) -> WantedDegrees:
+        return WantedDegrees(
+            self.num_gpus,
+            self.group_size,
+            cfg_parallel_degree=self.cfg_parallel_degree,
+            sp_degree=self.sp_degree,
+            ring_degree=self.ring_degree,
+            ulysses_degree=self.ulysses_degree,
+        )
 
     @property
     def group_size(self) -> int:

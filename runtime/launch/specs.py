@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safelight.configs.families import identify
+from safelight.configs.parallel import Degrees, check_implementations, choose_degrees
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime.launch.devices import usable_cores
 from safelight.runtime.launch.folders import RunFolder
@@ -38,11 +40,19 @@ def output_spec(args: ServerArgs, run: RunFolder, pool: SlotPool) -> OutputSpec:
     )
 
 
+def degrees_of(args: ServerArgs, model: Path) -> Degrees:
+    """The layout of every group for the model in that directory. Raises ConfigError and ModelError."""
+    spec = identify(model)
+    guided = (spec.defaults.guidance_scale or 0.0) > 1.0
+    return choose_degrees(args.wanted_degrees, int(spec.transformer["num_attention_heads"]), guided)
+
+
 def worker_spec(
     args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, device: str, group: Group, rank: int
 ) -> WorkerSpec:
-    """The spec of one rank; precisions `auto` become fp32 on a CPU, bf16 on CUDA."""
-    world_size = args.group_size
+    """The spec of one rank; precisions `auto` become fp32 on a CPU, bf16 on CUDA. Raises ConfigError and ModelError."""
+    world_size, degrees = args.group_size, degrees_of(args, model)
+    check_implementations(args.sp_impl, args.attention_backend, degrees, device)
     automatic = "bf16" if device == "cuda" else "fp32"
     return WorkerSpec(
         endpoints=run.endpoints(),
@@ -62,4 +72,9 @@ def worker_spec(
         num_threads=max(1, usable_cores() // (2 * args.num_gpus)) if device == "cpu" else 1,  # spinning threads suffer
         ranks_on_host=args.num_gpus,
         log_level=args.log_level,
+        cfg_degree=degrees.cfg,
+        ring_degree=degrees.ring,
+        ulysses_degree=degrees.ulysses,
+        sp_impl=args.sp_impl,
+        attention_backend=args.attention_backend,
     )

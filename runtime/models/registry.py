@@ -23,6 +23,7 @@ class LoadOptions:
     vae_path: Path | None
     mesh: ParallelMesh
     compile: bool = False
+    attention_backend: str = "auto"  # see kernels.dispatch.select_kernels
 
 
 def load_pipeline(root: Path, options: LoadOptions) -> Pipeline:

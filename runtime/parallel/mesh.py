@@ -27,6 +27,7 @@ class ParallelMesh:
     degrees: dict[Axis, int]
     groups: dict[Axis, dist.ProcessGroup | None]
     world: dist.ProcessGroup | None
+    sp_impl: str = "native"  # or "yunchang": what computes attention over the ranks of a sequence
 
     @staticmethod
     def single() -> ParallelMesh:
@@ -45,7 +46,7 @@ class ParallelMesh:
         return self.groups[axis]
 
 
-def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int) -> ParallelMesh:
+def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int, sp_impl: str = "native") -> ParallelMesh:
     """Collective over all ranks of the worker group: makes the sub-groups of each axis.
 
     Raises ValueError when the degrees do not multiply to the world size.
@@ -66,4 +67,4 @@ def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int) -> P
             group = dist.new_group(members)
             if rank in members:
                 groups[axis] = group
-    return ParallelMesh(rank, size, degrees, groups, world)
+    return ParallelMesh(rank, size, degrees, groups, world, sp_impl)

@@ -5,6 +5,7 @@ No share differs from another by more than one token. With one rank every functi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -24,14 +25,23 @@ from safelight.runtime.parallel.ulysses import (
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroups:
-    """The two groups that share one sequence; None where the degree is 1."""
+    """The two groups that share one sequence; None where the degree is 1.
+
+    `even_attention` replaces `attention` where shares are equal (`--sp-impl yunchang`).
+    """
 
     ring: dist.ProcessGroup | None
     ulysses: dist.ProcessGroup | None
+    even_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @staticmethod
     def of(mesh: ParallelMesh) -> SequenceGroups:
-        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES))
+        even = None
+        if mesh.sp_impl == "yunchang":
+            from safelight.runtime.parallel.yunchang import yunchang_attention
+
+            even = yunchang_attention(mesh)
+        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES), even)
 
     @property
     def alone(self) -> bool:
@@ -56,12 +66,18 @@ class SequenceGroups:
         chunk, the ring lets it attend to the other chunks.
         """
         heads = q.shape[2]
+        if self.even_attention is not None and self._even(length, heads):
+            return self.even_attention(q, k, v)
         q, k, v = tokens_to_heads((q, k, v), self._chunk(length), group=self.ulysses)
         if self.ring is None:
             out = kernels.attention(q, k, v)
         else:
             out = ring_attention(q, k, v, self.chunks(length), kernels.attention_lse, group=self.ring)
         return heads_to_tokens(out, heads, group=self.ulysses)
+
+    def _even(self, length: int, heads: int) -> bool:
+        ring, ulysses = (1 if g is None else dist.get_world_size(g) for g in (self.ring, self.ulysses))
+        return length % (ring * ulysses) == 0 and heads % ulysses == 0
 
     def _chunk(self, length: int) -> int:
         return self.chunks(length)[0 if self.ring is None else dist.get_rank(self.ring)]

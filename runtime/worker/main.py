@@ -16,12 +16,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from safelight.configs.families import identify
 from safelight.runtime import logs
 from safelight.runtime.errors import ConfigError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
-from safelight.runtime.parallel.degrees import choose_degrees
 from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 from safelight.runtime.pipelines.protocol import Pipeline
 from safelight.runtime.worker.checkpoint import CheckpointWriter
@@ -131,6 +129,7 @@ def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
         vae_path=Path(spec.vae_path) if spec.vae_path else None,
         mesh=_mesh(spec, device),
         compile=spec.compile,
+        attention_backend=spec.attention_backend,
     )
     return load_pipeline(Path(spec.model_path), options)
 
@@ -149,12 +148,12 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
         world_size=spec.world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
-    model = identify(Path(spec.model_path))
-    guided = (model.defaults.guidance_scale or 0.0) > 1.0
-    cfg, ring, ulysses = choose_degrees(spec.world_size, int(model.transformer["num_attention_heads"]), guided)
     world = dist.group.WORLD
     assert world is not None
-    return build_mesh(world, cfg=cfg, ring=ring, ulysses=ulysses)
+    log.info("cfg %d x ring %d x ulysses %d", spec.cfg_degree, spec.ring_degree, spec.ulysses_degree)
+    return build_mesh(
+        world, cfg=spec.cfg_degree, ring=spec.ring_degree, ulysses=spec.ulysses_degree, sp_impl=spec.sp_impl
+    )
 
 
 def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:

@@ -103,7 +103,7 @@ class WanBlock(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Predicts the velocity of the noised latents. Parameters are uninitialised: `weights.load_transformer` fills them."""
+    """Predicts the velocity of the noised latents. Parameters are uninitialised until `weights.load_transformer`."""
 
     def __init__(self, config: WanConfig, mesh: ParallelMesh, kernels: KernelSet) -> None:
         super().__init__()

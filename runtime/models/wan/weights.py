@@ -76,7 +76,7 @@ def load_transformer(folder: Path, options: LoadOptions) -> WanTransformer:
     """
     config = WanConfig.from_json(read_json(folder / "config.json"))
     with torch.device("meta"):
-        model = WanTransformer(config, options.mesh, select_kernels(options.device))
+        model = WanTransformer(config, options.mesh, select_kernels(options.device, options.attention_backend))
     load_weights(
         model,
         checkpoint_files(folder),
