@@ -78,7 +78,8 @@ class Executor:
     """One rank's states and the pipeline. `execute` runs on the worker's main thread, under inference mode.
 
     On a group of one rank an exception in an op is an error of that op's job. On several ranks it propagates and ends
-    the group, because the other ranks may wait in a collective.
+    the group, because the other ranks may wait in a collective; only what our own checks refuse before the first
+    collective, alike on every rank, is an error of the job.
     """
 
     def __init__(
@@ -111,10 +112,9 @@ class Executor:
         chunk: PendingChunk | None = None
         try:
             chunk = self._run(op)
-        except NotFound as missing:
-            error = ErrorInfo(missing.code, missing.message)
         except JOB_ERRORS as failure:
-            if self._spec.world_size > 1 or (self._cuda and isinstance(failure, torch.AcceleratorError)):
+            alone = self._spec.world_size == 1 or _precedes_collectives(op, failure)
+            if not alone or (self._cuda and isinstance(failure, torch.AcceleratorError)):
                 raise
             error = error_info(failure)
         end = self._event()
@@ -223,6 +223,11 @@ class Executor:
             self._send(CheckpointCommitted(*place, ref=outcome))
         else:
             self._send(CheckpointFailed(*place, error=outcome))
+
+
+def _precedes_collectives(op: Op, failure: Exception) -> bool:
+    """Whether a check of ours refused the op: an attempt or step that is not here, or a request or checkpoint."""
+    return isinstance(failure, NotFound) or (isinstance(op, Encode | Prepare) and isinstance(failure, SafelightError))
 
 
 def error_info(failure: BaseException) -> ErrorInfo:

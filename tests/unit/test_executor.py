@@ -183,6 +183,15 @@ def test_on_several_ranks_an_error_ends_the_group(tmp_path: Path) -> None:
         rig.run(step("bad", 0))
 
 
+def test_on_several_ranks_a_refused_request_or_checkpoint_fails_its_job_alone(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, world_size=2)
+    gone = CheckpointRef(str(tmp_path / "gone"), 1, "")
+    assert rig.codes(*start("a"), *start("b"), Prepare("b", 0, 0, gone), step("a", 0)) == [None] * 4 + [
+        "job_failed",
+        None,
+    ]
+
+
 def test_only_rank_zero_decodes(tmp_path: Path) -> None:
     rig = Rig(tmp_path, world_size=2, rank=1)
     launched = rig.run(*start(), Decode("a", 0, 0, 0, 0, 0))
