@@ -26,7 +26,9 @@ from safelight.runtime.messages import (
     Event,
     FromScheduler,
     GenerationRequest,
+    JobState,
     Priority,
+    QueryJob,
     QueryStatus,
     Refused,
     RenewLease,
@@ -97,11 +99,20 @@ class Client:
         self._subscribe(job)
         return job
 
-    def attach(self, job: str, *, renew: bool = False) -> None:
-        """Follows a job that exists already; `renew` also holds its lease."""
+    def attach(self, job: str, *, renew: bool = False, timeout_s: float = ANSWER_S) -> None:
+        """Follows a job that exists already; `renew` also holds its lease. Raises NotFound, or WorkerLost.
+
+        An end of long ago comes from the scheduler: output may know it no more.
+        """
+        query = QueryJob(job, self._owner)
+        state = self._ask(query, lambda answer: isinstance(answer, JobState) and answer.job == job, job, timeout_s)
+        assert isinstance(state, JobState)
         with self._lock:
             self._jobs[job] = _Job(renew)
-        self._subscribe(job)
+        if state.status is None:
+            self._subscribe(job)
+        else:
+            self._note(Event(job, 0, status=state.status, artifacts=state.artifacts, error=state.error))
 
     def cancel(self, job: str, timeout_s: float = ANSWER_S) -> None:
         """Asks for the cancellation of a job; its terminal event follows. Raises NotFound, or WorkerLost."""

@@ -14,7 +14,7 @@ import zmq
 from safelight.entrypoints import client as client_module
 from safelight.entrypoints.client import Client
 from safelight.runtime import transport
-from safelight.runtime.errors import Conflict, JobFailed, Overloaded, WorkerLost
+from safelight.runtime.errors import Conflict, JobFailed, NotFound, Overloaded, WorkerLost
 from safelight.runtime.messages import (
     Accepted,
     Artifact,
@@ -24,9 +24,11 @@ from safelight.runtime.messages import (
     ErrorInfo,
     Event,
     GenerationRequest,
+    JobState,
     MediaFormat,
     MediaSpec,
     Progress,
+    QueryJob,
     QueryStatus,
     Refused,
     RenewLease,
@@ -225,6 +227,31 @@ def test_events_of_unknown_jobs_are_not_delivered(serve: Any) -> None:
 
     with Client(serve(answer).endpoints) as client:
         assert all(event.known for event in client.events(client.submit(REQUEST)))
+
+
+def test_attaching_to_an_unknown_job_is_refused_at_once(serve: Any) -> None:
+    missing = ErrorInfo("not_found", "there is no such job")
+    server = serve(lambda m: [Refused(m.job, missing)] if isinstance(m, QueryJob) else [])
+    with Client(server.endpoints) as client:
+        with pytest.raises(NotFound, match="no such job"):
+            client.attach("j")
+        assert not client.open_jobs
+
+
+def test_a_job_that_ended_long_ago_has_its_end_although_output_knows_it_no_more(serve: Any) -> None:
+    def answer(message: Any) -> list[Any]:
+        match message:
+            case QueryJob(job=job):
+                return [JobState(job, Stage.SAVING, Status.COMPLETED, DONE)]
+            case Subscribe(job=job):
+                return [Event(job, -1, known=False)]
+        return []
+
+    with Client(serve(answer).endpoints) as client:
+        client.attach("j")
+        [event] = client.poll(10)
+        assert (event.status, event.artifacts) == (Status.COMPLETED, DONE)
+        assert not client.open_jobs
 
 
 def test_cancel_and_status_are_answered(serve: Any) -> None:
