@@ -71,8 +71,20 @@ def models(json: Json = False) -> None:
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", help="only: the layout that a model (directory or name) would get", show_default=False),
+    ] = None,
+    num_gpus: Annotated[int, typer.Option("--num-gpus", help="workers to plan for", min=1)] = 1,
+    json: Json = False,
+) -> None:
     """Says what this machine has, what is missing, and what that would enable."""
+    if plan is not None:
+        from safelight.entrypoints.plan import show
+
+        show(plan, num_gpus, json)
+        return
     from safelight.entrypoints.doctor import examine
 
     raise typer.Exit(examine(json))

@@ -16,7 +16,10 @@ from safelight.configs.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One published checkpoint: its hub id and the defaults that its authors recommend."""
+    """One published checkpoint: its hub id and the defaults that its authors recommend.
+
+    `configs`: its component configs, by component, for planning without the files.
+    """
 
     name: str
     hub_id: str
@@ -24,6 +27,7 @@ class Variant:
     defaults: SamplingParams
     parameters: str  # for people: "1.3B"
     note: str = ""
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

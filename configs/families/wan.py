@@ -52,8 +52,30 @@ _SMALL = SamplingParams(
 _TASK = "text-to-video"
 _GUIDED_BY_6 = SamplingParams(guidance_scale=6.0).merged_over(_PUBLISHED)
 BUILTIN = Variant("builtin", "", _TASK, _SMALL, "9M", "ships with Safelight; knows simple subjects only")
-WAN_1_3B = Variant("Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _TASK, _GUIDED_BY_6, "1.3B")
-WAN_14B = Variant("Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers", _TASK, _PUBLISHED, "14B")
+
+
+def _published(heads: int, layers: int, ffn_dim: int) -> Mapping[str, Mapping[str, Any]]:
+    """The component configs of a published checkpoint, as far as costs depend on them."""
+    transformer = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "ffn_dim": ffn_dim}
+    vae = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+    return {
+        "transformer": transformer | {"text_dim": 4096, "patch_size": [1, 2, 2]},
+        "vae": vae | {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+        "text_encoder": {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240},
+    }
+
+
+WAN_1_3B = Variant(
+    "Wan2.1-T2V-1.3B",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    _TASK,
+    _GUIDED_BY_6,
+    "1.3B",
+    configs=_published(12, 30, 8960),
+)
+WAN_14B = Variant(
+    "Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers", _TASK, _PUBLISHED, "14B", configs=_published(40, 40, 13824)
+)
 CUSTOM = Variant("custom", "", _TASK, _PUBLISHED, "any", "any other checkpoint of the architecture")
 _WIDTH_OF_SMALL = 1024  # a custom model narrower than this has the built-in model's defaults
 

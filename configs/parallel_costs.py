@@ -1,0 +1,69 @@
+"""Seconds per denoising step over several GPUs, predicted from a model's numbers.
+
+Compute: the profile's TFLOP at a measured rate, of the rank with the most tokens and heads. Communication: the bytes
+of `traffic` over the slowest link in each group. Ulysses' all-to-alls and the gathering at the end wait; a ring's
+chunks travel while attention computes, and cost what does not fit behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safelight.configs.parallel import Degrees
+from safelight.configs.traffic import StepShape, shares, step_traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the prediction assumes. Links: bytes per second that one GPU sends, all its peers together."""
+
+    name: str
+    tflops: float  # of a whole forward
+    link: float  # between GPUs of one host
+    network: float  # between hosts
+    gpus_per_host: int = 8
+    latency_s: float = 30e-6  # of one collective
+
+
+# 560 TFLOP/s: docs/benchmarks/denoise.md (Wan 2.1 1.3B, 283.0 TFLOP in 505 ms). The links are assumed, not measured:
+# 60 % of NVLink 4's 450 GB/s, and of one 400 Gbit/s adapter a GPU.
+H200 = Machine("H200", tflops=560.0, link=270e9, network=30e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One step of one state."""
+
+    seconds: float
+    communication_s: float  # the part of `seconds` in which nothing is computed
+    sent_bytes: int  # by the rank that sends most
+
+    def efficiency(self, alone: Prediction, world_size: int) -> float:
+        """Against as many GPUs that each work alone."""
+        return alone.seconds / (world_size * self.seconds)
+
+
+def predict(shape: StepShape, step_tflop: float, degrees: Degrees, machine: Machine) -> Prediction:
+    """`step_tflop`: of one step of one state on one GPU, all branches included."""
+    width = shape.heads * shape.head_dim
+    attention = shape.branches * shape.layers * 4.0 * shape.tokens**2 * width / 1e12
+    branches = shape.branches / degrees.cfg if shape.branches % degrees.cfg == 0 else shape.branches
+    part = branches / shape.branches
+    chunk = shares(shape.tokens, degrees.ring)[0] / shape.tokens
+    share = shares(round(chunk * shape.tokens), degrees.ulysses)[0] / shape.tokens
+    heads = shares(shape.heads, degrees.ulysses)[0] / shape.heads
+    attention_s = attention * part * chunk * heads / machine.tflops
+    other_s = (step_tflop - attention) * part * share / machine.tflops
+    most = max((step_traffic(shape, degrees, rank) for rank in range(degrees.world_size)), key=lambda t: t.total)
+    near, wide = (_bandwidth(ranks, machine) for ranks in (degrees.ulysses, degrees.sp))
+    exposed = most.ulysses / near + most.gather / wide + most.cfg / _bandwidth(degrees.world_size, machine)
+    exposed += machine.latency_s * 2 * shape.layers * (degrees.ulysses > 1)
+    if degrees.ring > 1:
+        behind = attention_s * (degrees.ring - 1) / degrees.ring
+        exposed += max(0.0, most.ring / wide - behind) + machine.latency_s * shape.layers * (degrees.ring - 1)
+    return Prediction(attention_s + other_s + exposed, exposed, most.total)
+
+
+def _bandwidth(ranks: int, machine: Machine) -> float:
+    """Ranks are numbered with Ulysses innermost, so a group of that span stays on one host as long as it fits."""
+    return machine.link if ranks <= machine.gpus_per_host else machine.network

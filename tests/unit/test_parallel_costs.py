@@ -1,0 +1,75 @@
+"""Predicted traffic and seconds of a step, and the plan that `doctor` prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safelight.configs.parallel import Degrees, WantedDegrees
+from safelight.configs.parallel_costs import H200, predict
+from safelight.configs.traffic import StepShape, step_traffic
+from safelight.entrypoints.plan import find_model, show
+from safelight.runtime.errors import ConfigError
+
+WAN_1_3B = StepShape(tokens=32760, heads=12, head_dim=128, layers=30, prediction_channels=64)
+TFLOP = 566.0
+
+
+def test_one_gpu_takes_what_was_measured() -> None:
+    """docs/benchmarks/denoise.md: a guided step of 1,007.7 ms."""
+    assert predict(WAN_1_3B, TFLOP, Degrees(), H200).seconds == pytest.approx(1.0077, rel=0.01)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8, 16, 64])
+def test_more_gpus_are_faster_and_less_efficient(world: int) -> None:
+    one = predict(WAN_1_3B, TFLOP, Degrees(), H200)
+    for degrees in WantedDegrees(world, world).layouts():
+        step = predict(WAN_1_3B, TFLOP, degrees, H200)
+        if degrees.ulysses <= WAN_1_3B.heads:
+            assert one.seconds / world < step.seconds < one.seconds
+            assert 0 < step.efficiency(one, world) < 1
+
+
+def test_uneven_heads_cost_what_the_fullest_rank_takes() -> None:
+    even, uneven = (predict(WAN_1_3B, TFLOP, Degrees(1, 1, u), H200).seconds for u in (6, 7))
+    assert uneven > 0.9 * even  # both have a rank with two heads
+
+
+@given(
+    st.integers(1, 500), st.integers(1, 16), st.sampled_from([*WantedDegrees(8, 8).layouts(), Degrees(1, 3, 2)]),
+    st.integers(1, 3), st.integers(1, 2),
+)  # fmt: skip
+def test_what_all_ranks_send_adds_up(tokens: int, heads: int, degrees: Degrees, batch: int, branches: int) -> None:
+    shape = StepShape(tokens, heads, 4, 1, prediction_channels=1, batch=batch, branches=branches, item_bytes=1)
+    sent = [step_traffic(shape, degrees, rank) for rank in range(degrees.world_size)]
+    runs = batch * (branches if branches == 2 or degrees.cfg == 1 else degrees.cfg)  # unguided: both halves compute
+    assert sum(t.gather for t in sent) == runs * tokens * (degrees.sp - 1)
+    assert sum(t.ring for t in sent) == runs * 2 * 4 * heads * tokens * (degrees.ring - 1)
+    assert sum(t.cfg for t in sent) == (4 * batch * tokens * degrees.world_size if branches == degrees.cfg == 2 else 0)
+    assert degrees.ulysses > 1 or sum(t.ulysses for t in sent) == 0
+
+
+def test_a_ring_of_one_and_one_rank_send_nothing() -> None:
+    assert step_traffic(WAN_1_3B, Degrees(), 0).total == 0
+    assert step_traffic(WAN_1_3B, Degrees(1, 1, 4), 0).ring == 0
+    assert step_traffic(WAN_1_3B, Degrees(1, 4, 1), 0).ulysses == 0
+
+
+def test_the_plan_shows_layout_reasons_and_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    show("Wan2.1-T2V-14B", 8, False)
+    text = capsys.readouterr().out
+    assert "cfg 2 x ring 1 x ulysses 4" in text
+    assert "40 heads" in text
+    assert "ms a step" in text
+    show("Wan-AI/Wan2.1-T2V-14B-Diffusers", 8, True)
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["degrees"] == {"cfg": 2, "ring": 1, "ulysses": 4}
+    assert plan["step"]["seconds"] < plan["alone"]["seconds"]
+
+
+def test_an_unknown_model_to_plan_for_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'Wan2\.1-T2V-14B'"):
+        find_model("Wan2.1-14B")
