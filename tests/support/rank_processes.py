@@ -1,4 +1,4 @@
-"""Starts the ranks of a distributed test: one set of gloo processes, whose program is a file beside the test.
+"""Starts the ranks of a distributed test: one set of gloo (or NCCL) processes, whose program is a file beside the test.
 
 The processes are forked from a server that has imported torch and the models once. A program has
 `main(rank: int, world: int, group: ProcessGroup, *arguments)`.
@@ -33,13 +33,14 @@ def module(path: Path) -> ModuleType:
     return made
 
 
-def run_ranks(program: Path, world: int, folder: Path, *arguments: Any) -> None:
+def run_ranks(program: Path, world: int, folder: Path, *arguments: Any, backend: str = "gloo") -> None:
     """Runs `program` on `world` ranks to the end; `folder` is empty. Raises AssertionError with what a rank raised."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     errors = context.SimpleQueue()
     ranks = [
-        context.Process(target=_rank, args=(program, rank, world, folder, errors, arguments)) for rank in range(world)
+        context.Process(target=_rank, args=(program, backend, rank, world, folder, errors, arguments))
+        for rank in range(world)
     ]
     try:
         for rank in ranks:
@@ -56,10 +57,14 @@ def run_ranks(program: Path, world: int, folder: Path, *arguments: Any) -> None:
         rank.close()
 
 
-def _rank(program: Path, rank: int, world: int, folder: Path, errors: Any, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    program: Path, backend: str, rank: int, world: int, folder: Path, errors: Any, arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store, limit = (folder / "store").resolve().as_uri(), timedelta(seconds=LIMIT_S * 2 / 3)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world, timeout=limit)
     try:
         with torch.inference_mode():
             module(program).main(rank, world, dist.group.WORLD, *arguments)
