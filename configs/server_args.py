@@ -35,6 +35,7 @@ class ServerArgs:
     device: str = option("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
     dit_precision: str = option("auto", "of the transformer; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
     vae_precision: str = option("auto", "of the VAE; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
+    vae_tiling: bool = option(False, "decode in bands: the same pictures with less memory, a little slower")
     policy: str = option("fair", "order of the jobs", choices=("fair", "fcfs", "sjf"))
     max_queue: int = option(1000, "jobs that may wait; more are refused", minimum=1)
     max_plan_ms: float | None = option(

@@ -729,3 +729,4 @@ class WorkerSpec(Part):
     ulysses_degree: int = 1
     sp_impl: str = "native"
     attention_backend: str = "auto"
+    vae_tiling: bool = False

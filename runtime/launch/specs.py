@@ -77,4 +77,5 @@ def worker_spec(
         ulysses_degree=degrees.ulysses,
         sp_impl=args.sp_impl,
         attention_backend=args.attention_backend,
+        vae_tiling=args.vae_tiling,
     )

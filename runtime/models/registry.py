@@ -23,6 +23,7 @@ class LoadOptions:
     vae_path: Path | None
     mesh: ParallelMesh
     compile: bool = False
+    vae_tiling: bool = False  # decode in bands
     attention_backend: str = "auto"  # see kernels.dispatch.select_kernels
 
 

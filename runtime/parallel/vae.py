@@ -171,7 +171,9 @@ def group_affine(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, cut: Cut | None
 ) -> tuple[Tensor, Tensor]:
     """Group norm of a share x (B, C, ...) as `x * scale + shift`, both (B, C, 1, ...) float32."""
-    variance, mean = torch.var_mean(x.reshape(x.shape[0], groups, -1).float(), dim=-1, correction=0)
+    parts = x.reshape(x.shape[0], groups, -1).chunk(4, dim=1)  # by parts: a float32 copy of all of x would be large
+    moments = [torch.var_mean(part.float(), dim=-1, correction=0) for part in parts]
+    variance, mean = (torch.cat(values, dim=1) for values in zip(*moments, strict=True))
     if cut is not None:
         mean, variance = cut.group_moments(mean, variance)
     per_group = x.shape[1] // groups

@@ -62,6 +62,10 @@ class Pipeline(Protocol):
     def device(self) -> torch.device:
         """Where latents live."""
 
+    @property
+    def collective_decode(self) -> bool:
+        """Whether all ranks of a group must call `decode`, with the same arguments; rank 0's frames are delivered."""
+
     def weights_bytes(self) -> int:
         """Bytes of all resident weights."""
 

@@ -179,7 +179,7 @@ class Executor:
     def _decode(self, op: Decode) -> PendingChunk | None:
         state = self._state(op.job, op.attempt, op.index)
         held = self._held_job(op.job, op.attempt)
-        if self._spec.rank != 0:
+        if self._spec.rank != 0 and not self._pipeline.collective_decode:
             return None  # every rank holds whole latents; one of them decodes
         cursor = None
         if op.chunk > 0:
@@ -188,6 +188,8 @@ class Executor:
                 raise NotFound(f"chunk {expected} of take {take} would be next of job {op.job}, not {op.chunk}")
         decoded, cursor = self._pipeline.decode(state, cursor)
         held.cursors[op.index] = (op.take, op.chunk + 1, cursor)
+        if self._spec.rank != 0:
+            return None  # it did its share; rank 0 has all frames
         frames, copied = self._to_host(decoded.frames)
         return PendingChunk(op, frames, cursor is None, copied)
 

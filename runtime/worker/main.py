@@ -129,6 +129,7 @@ def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
         vae_path=Path(spec.vae_path) if spec.vae_path else None,
         mesh=_mesh(spec, device),
         compile=spec.compile,
+        vae_tiling=spec.vae_tiling,
         attention_backend=spec.attention_backend,
     )
     return load_pipeline(Path(spec.model_path), options)

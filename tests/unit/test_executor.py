@@ -61,6 +61,10 @@ class FakePipeline:
 
     device = torch.device("cpu")
 
+    def __init__(self, collective_decode: bool = False) -> None:
+        self.collective_decode = collective_decode
+        self.decoded = 0
+
     def weights_bytes(self) -> int:
         return 0
 
@@ -80,6 +84,7 @@ class FakePipeline:
         return [dataclasses.replace(s, latents=s.latents + 1, step=s.step + 1) for s in states]
 
     def decode(self, state: DenoiseState, cursor: Any | None) -> tuple[FrameChunk, Any | None]:
+        self.decoded += 1
         frame = cursor or 0
         pixels = torch.full((1, 16, 16, 3), frame, dtype=torch.uint8)
         return FrameChunk(pixels), frame + 1 if frame < 2 else None
@@ -96,7 +101,7 @@ class FakePipeline:
 
 
 class Rig:
-    def __init__(self, folder: Path, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(self, folder: Path, world_size: int = 1, rank: int = 0, collective_decode: bool = False) -> None:
         endpoints = Endpoints(*["ipc:///unused"] * 6)
         self.sent: list[FromWorker] = []
         self.checkpoints = CheckpointWriter(folder)
@@ -119,7 +124,7 @@ class Rig:
             ranks_on_host=1,
             log_level="info",
         )
-        self.pipeline = FakePipeline()
+        self.pipeline = FakePipeline(collective_decode)
         self.executor = Executor(self.pipeline, spec, self.checkpoints, self.sent.append)
         self.number = 0
 
@@ -196,6 +201,17 @@ def test_only_rank_zero_decodes(tmp_path: Path) -> None:
     rig = Rig(tmp_path, world_size=2, rank=1)
     launched = rig.run(*start(), Decode("a", 0, 0, 0, 0, 0))
     assert [op.chunk for op in launched.ops] == [None] * 3
+    assert rig.pipeline.decoded == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_takes_part_in_a_collective_decode_and_rank_zero_delivers(tmp_path: Path, rank: int) -> None:
+    rig = Rig(tmp_path, world_size=2, rank=rank, collective_decode=True)
+    chunks = [Decode("a", 0, 0, 0, chunk, 0) for chunk in range(3)]
+    launched = rig.run(*start(), *chunks)
+    assert rig.pipeline.decoded == 3
+    assert [op.chunk is not None for op in launched.ops[2:]] == [rank == 0] * 3
+    assert rig.codes(Decode("a", 0, 0, 1, 2, 0)) == ["not_found"]  # on every rank, before any of them waits
 
 
 def test_release_keeps_the_conditioning_and_drop_frees_everything(rig: Rig) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from safelight.runtime.parallel.ulysses import split_sizes
 from safelight.runtime.parallel.vae import Cut, group_affine
 
-TILE_ROWS = 32  # latent rows of a band: 256 pixel rows
+BAND_ROWS = 32  # latent rows of a band: 256 pixel rows
 
 
 def band_dim(size: tuple[int, int], cut: Cut | None) -> int:
@@ -60,11 +60,8 @@ def decode_wan_bands(decoder: Any, x: Tensor, features: list[Any] | None, *, dim
 def _wan_band(decoder: Any, x: Tensor, features: list[Any] | None, begin: int, end: int, dim: int) -> Tensor:
     """The frames' rows that latent rows [begin, end) become. `low`: the picture's row that x starts with."""
     stages = [stage for block in decoder.up_blocks for stage in (*block.resnets, *(block.upsamplers or ()))]
-    margins = [1]  # rows around the band that the stages from here on need: two convolutions in a residual block
-    for stage in reversed(stages):
-        margins.insert(0, (margins[0] + 2) // 2 if isinstance(stage, WanResample) else margins[0] + 2)
     rows, low, index = x.shape[dim], 0, [0]
-    for stage, margin in zip([None, *stages], margins, strict=True):
+    for stage, margin in zip([None, *stages], _margins(stages), strict=True):
         if stage is not None:
             x = stage(x, feat_cache=features, feat_idx=index)
         if isinstance(stage, WanResample):
@@ -73,6 +70,17 @@ def _wan_band(decoder: Any, x: Tensor, features: list[Any] | None, begin: int, e
         x, low = x.narrow(dim, first - low, last - first), first
     x = _cached(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), features, index)
     return x.narrow(dim, begin - low, end - begin)
+
+
+def _margins(stages: list[Any]) -> list[int]:
+    """The rows around a band that are needed before each stage, and before the last convolution after them.
+
+    A residual block has two convolutions; an upsampling by two has one behind it.
+    """
+    margins = [1]
+    for stage in reversed(stages):
+        margins.insert(0, (margins[0] + 2) // 2 if isinstance(stage, WanResample) else margins[0] + 2)
+    return margins
 
 
 def _cached(convolution: Any, x: Tensor, features: list[Any] | None, index: list[int]) -> Tensor:
@@ -93,18 +101,20 @@ def decode_kl_bands(decoder: Any, x: Tensor, *, dim: int, count: int, cut: Cut |
     x = decoder.mid_block(decoder.conv_in(x))
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            inner = _in_bands(_activated(resnet.norm1, resnet.nonlinearity, resnet.conv1, x, cut), x, dim, count)
-            result = _in_bands(
-                _activated(resnet.norm2, resnet.nonlinearity, resnet.conv2, inner, cut), inner, dim, count
-            )
-            for begin, end in bands(x.shape[dim], count):
-                rows = x.narrow(dim, begin, end - begin)
-                rows = resnet.conv_shortcut(rows) if resnet.conv_shortcut is not None else rows
-                result.narrow(dim, begin, end - begin).add_(rows)
-            x = result
+            x = _resnet_in_bands(resnet, x, dim, count, cut)
         for upsampler in block.upsamplers or ():
             x = _in_bands(upsampler, x, dim, count, scale=2)
     return _in_bands(_activated(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out, x, cut), x, dim, count)
+
+
+def _resnet_in_bands(resnet: Any, x: Tensor, dim: int, count: int, cut: Cut | None) -> Tensor:
+    inner = _in_bands(_activated(resnet.norm1, resnet.nonlinearity, resnet.conv1, x, cut), x, dim, count)
+    result = _in_bands(_activated(resnet.norm2, resnet.nonlinearity, resnet.conv2, inner, cut), inner, dim, count)
+    for begin, end in bands(x.shape[dim], count):
+        rows = x.narrow(dim, begin, end - begin)
+        rows = resnet.conv_shortcut(rows) if resnet.conv_shortcut is not None else rows
+        result.narrow(dim, begin, end - begin).add_(rows)
+    return result
 
 
 def _activated(norm: Any, activation: Any, convolution: Any, x: Tensor, cut: Cut | None) -> Callable[[Tensor], Tensor]:

@@ -14,6 +14,7 @@ from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.umt5 import UMT5, load_umt5
+from safelight.runtime.models.vae.tiles import BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae, load_wan_vae
 from safelight.runtime.models.wan.transformer import WanText, WanTransformer
 from safelight.runtime.models.wan.weights import load_transformer
@@ -56,6 +57,11 @@ class WanPipeline:
     transformer: WanTransformer
     text_encoder: UMT5
     vae: WanVae
+
+    @property
+    def collective_decode(self) -> bool:
+        """The ranks share every frame."""
+        return self.vae.group is not None
 
     def weights_bytes(self) -> int:
         """Bytes of all resident weights."""
@@ -161,5 +167,11 @@ def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
         flow=flow,
         transformer=load_transformer(spec.root / "transformer", options),
         text_encoder=load_umt5(spec.root / "text_encoder", options.device, options.dit_dtype),
-        vae=load_wan_vae(options.vae_path or spec.root / "vae", options.device, options.vae_dtype),
+        vae=load_wan_vae(
+            options.vae_path or spec.root / "vae",
+            options.device,
+            options.vae_dtype,
+            band_rows=BAND_ROWS if options.vae_tiling else None,
+            group=options.mesh.world,
+        ),
     )
