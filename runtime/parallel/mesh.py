@@ -6,10 +6,14 @@ stays on the fastest links (rank = (cfg * ring_degree + ring) * ulysses_degree +
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 import torch.distributed as dist
+from torch import Tensor
+
+from safelight.runtime.parallel.yunchang import yunchang_attention
 
 
 class Axis(Enum):
@@ -27,7 +31,7 @@ class ParallelMesh:
     degrees: dict[Axis, int]
     groups: dict[Axis, dist.ProcessGroup | None]
     world: dist.ProcessGroup | None
-    sp_impl: str = "native"  # or "yunchang": what computes attention over the ranks of a sequence
+    even_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # yunchang's, if it is wanted
 
     @staticmethod
     def single() -> ParallelMesh:
@@ -49,7 +53,7 @@ class ParallelMesh:
 def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int, sp_impl: str = "native") -> ParallelMesh:
     """Collective over all ranks of the worker group: makes the sub-groups of each axis.
 
-    Raises ValueError when the degrees do not multiply to the world size.
+    Raises ValueError when the degrees do not multiply to the world size, ConfigError when `sp_impl` cannot be had.
     """
     size, rank = dist.get_world_size(world), dist.get_rank(world)
     if cfg * ring * ulysses != size:
@@ -67,4 +71,5 @@ def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int, sp_i
             group = dist.new_group(members)
             if rank in members:
                 groups[axis] = group
-    return ParallelMesh(rank, size, degrees, groups, world, sp_impl)
+    even = yunchang_attention(ulysses, ring, rank, size) if sp_impl == "yunchang" else None
+    return ParallelMesh(rank, size, degrees, groups, world, even)

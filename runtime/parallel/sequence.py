@@ -36,12 +36,7 @@ class SequenceGroups:
 
     @staticmethod
     def of(mesh: ParallelMesh) -> SequenceGroups:
-        even = None
-        if mesh.sp_impl == "yunchang":
-            from safelight.runtime.parallel.yunchang import yunchang_attention
-
-            even = yunchang_attention(mesh)
-        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES), even)
+        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES), mesh.even_attention)
 
     @property
     def alone(self) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import sys
+import time
 import traceback
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +36,10 @@ def module(path: Path) -> ModuleType:
 
 
 def run_ranks(program: Path, world: int, folder: Path, *arguments: Any, backend: str = "gloo") -> None:
-    """Runs `program` on `world` ranks to the end; `folder` is empty. Raises AssertionError with what a rank raised."""
+    """Runs `program` on `world` ranks to the end; `folder` is empty.
+
+    Raises AssertionError as soon as one fails, with what it raised, or when they take longer than LIMIT_S.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     errors = context.SimpleQueue()
@@ -45,8 +50,10 @@ def run_ranks(program: Path, world: int, folder: Path, *arguments: Any, backend:
     try:
         for rank in ranks:
             rank.start()
-        for rank in ranks:
-            rank.join(LIMIT_S)
+        deadline = time.monotonic() + LIMIT_S
+        while (running := [r.sentinel for r in ranks if r.exitcode is None]) and not any(r.exitcode for r in ranks):
+            if not connection.wait(running, max(0.0, deadline - time.monotonic())):
+                break
     finally:
         for rank in ranks:
             rank.kill()
