@@ -9,7 +9,7 @@ looks beyond itself do their share of the whole picture instead of seeing the sh
 
 All else in a VAE (activations, norms over channels, upsampling by repetition, the time axis) is local. Exchanging a
 halo of one row per convolution moves a few hundred kilobytes; computing it redundantly instead would take 13 latent
-rows on each side in Wan's decoder, about half as much work again on eight ranks, and cannot be exact with group norms.
+rows on each side in Wan's decoder, 47 % more work on eight ranks (docs/vae.md), and cannot be exact with group norms.
 
 Exact up to the order of sums. Works on gloo and NCCL; all ranks of the group must make the same calls. "Rows" below are
 slices along `dim`: of height (-2) or width (-1).

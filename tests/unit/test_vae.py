@@ -194,7 +194,7 @@ def test_bands_hold_less_at_once(wan_folder: Path, kl_folder: Path) -> None:
     whole, bands = wan(wan_folder), wan(wan_folder, 8)
     assert peak(lambda: bands.decode(picture, None)) < 0.4 * peak(lambda: whole.decode(picture, None))
     alone, banded = kl(kl_folder), kl(kl_folder, 8)
-    assert peak(lambda: banded.decode(latents)) < 0.8 * peak(lambda: alone.decode(latents))
+    assert peak(lambda: banded.decode(latents)) < 0.7 * peak(lambda: alone.decode(latents))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 16, 16), (3, 5, 18, 16), (3, 5, 16, 10)])
@@ -244,5 +244,5 @@ def test_the_flag_reaches_the_vae(tmp_path: Path, tiling: bool) -> None:
     worker = worker_spec(args, run, SlotPool("x", 1, 1), tmp_path / "model", "cpu", Group(0), 0)
     loaded = _load(worker, CPU)
     assert isinstance(loaded, WanPipeline)
-    assert loaded.vae.band_rows == (tiles.BAND_ROWS if tiling else None)
+    assert loaded.vae.band_rows == (tiles.WAN_BAND_ROWS if tiling else None)
     assert not loaded.collective_decode

@@ -20,7 +20,8 @@ from safelight.runtime.parallel.vae import cut_for, shared
 
 @dataclass(frozen=True, slots=True)
 class KlVae:
-    """A loaded VAE. `band_rows`: decode in bands of at most so many latent rows (None: in one piece)."""
+    """A loaded VAE. `band_rows`: decode in bands of at most so many latent rows (tiles.KL_BAND_ROWS;
+    None: in one piece)."""
 
     module: Any
     group: dist.ProcessGroup | None = None

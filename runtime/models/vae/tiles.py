@@ -10,7 +10,7 @@ activations are whole, and what lies between two of them (normalised, activated,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from safelight.runtime.parallel.ulysses import split_sizes
 from safelight.runtime.parallel.vae import Cut, group_affine
 
-BAND_ROWS = 32  # latent rows of a band: 256 pixel rows
+WAN_BAND_ROWS = 32  # latent rows of a band: 256 pixel rows, next to which the rows around it are few
+KL_BAND_ROWS = 8
 
 
 def band_dim(size: tuple[int, int], cut: Cut | None) -> int:
@@ -108,12 +109,15 @@ def decode_kl_bands(decoder: Any, x: Tensor, *, dim: int, count: int, cut: Cut |
 
 
 def _resnet_in_bands(resnet: Any, x: Tensor, dim: int, count: int, cut: Cut | None) -> Tensor:
+    """resnet(x). x is overwritten: a row of it is not needed any more once the result has that row."""
     inner = _in_bands(_activated(resnet.norm1, resnet.nonlinearity, resnet.conv1, x, cut), x, dim, count)
-    result = _in_bands(_activated(resnet.norm2, resnet.nonlinearity, resnet.conv2, inner, cut), inner, dim, count)
-    for begin, end in bands(x.shape[dim], count):
+    second = _activated(resnet.norm2, resnet.nonlinearity, resnet.conv2, inner, cut)
+    channels = inner.shape[1]
+    result = x[:, :channels] if channels <= x.shape[1] else torch.empty_like(inner)
+    for begin, end, part in _each_band(second, inner, dim, count):
         rows = x.narrow(dim, begin, end - begin)
         rows = resnet.conv_shortcut(rows) if resnet.conv_shortcut is not None else rows
-        result.narrow(dim, begin, end - begin).add_(rows)
+        result.narrow(dim, begin, end - begin).copy_(rows + part)
     return result
 
 
@@ -124,16 +128,24 @@ def _activated(norm: Any, activation: Any, convolution: Any, x: Tensor, cut: Cut
 
 
 def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, dim: int, count: int, *, scale: int = 1) -> Tensor:
-    """layer(x), band by band, for a layer that looks one row beyond each and gives `scale` rows for each."""
+    """layer(x), computed as `_each_band`."""
     result: Tensor | None = None
-    for begin, end in bands(x.shape[dim], count):
-        first, last = max(0, begin - 1), min(x.shape[dim], end + 1)
-        part = layer(x.narrow(dim, first, last - first))
+    for begin, end, part in _each_band(layer, x, dim, count, scale=scale):
         if result is None:
             shape = list(part.shape)
             shape[dim] = scale * x.shape[dim]
             result = part.new_empty(shape)
-        own = part.narrow(dim, scale * (begin - first), scale * (end - begin))
-        result.narrow(dim, scale * begin, scale * (end - begin)).copy_(own)
+        result.narrow(dim, begin, end - begin).copy_(part)
     assert result is not None, "a picture has rows"
     return result
+
+
+def _each_band(
+    layer: Callable[[Tensor], Tensor], x: Tensor, dim: int, count: int, *, scale: int = 1
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows [begin, end) of layer(x), band by band, for a layer that looks one row beyond each row of x and gives
+    `scale` for it."""
+    for begin, end in bands(x.shape[dim], count):
+        first, last = max(0, begin - 1), min(x.shape[dim], end + 1)
+        part = layer(x.narrow(dim, first, last - first))
+        yield scale * begin, scale * end, part.narrow(dim, scale * (begin - first), scale * (end - begin))

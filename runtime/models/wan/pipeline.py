@@ -14,7 +14,7 @@ from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.umt5 import UMT5, load_umt5
-from safelight.runtime.models.vae.tiles import BAND_ROWS
+from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae, load_wan_vae
 from safelight.runtime.models.wan.transformer import WanText, WanTransformer
 from safelight.runtime.models.wan.weights import load_transformer
@@ -171,7 +171,7 @@ def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
             options.vae_path or spec.root / "vae",
             options.device,
             options.vae_dtype,
-            band_rows=BAND_ROWS if options.vae_tiling else None,
+            band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
             group=options.mesh.world,
         ),
     )
