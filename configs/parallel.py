@@ -105,7 +105,11 @@ def explain(degrees: Degrees, wanted: WantedDegrees, heads: int, guided: bool) -
     if cfg is None and degrees.cfg == 2:
         cfg = "the guided and the unguided prediction run side by side and meet once a step"
     elif cfg is None:
-        cfg = "the ranks do not halve" if guided and wanted.world_size > 1 else "nothing to split"
+        cfg = (
+            "the ranks or the other flags leave no second half"
+            if guided and wanted.world_size > 1
+            else "nothing to split"
+        )
     ulysses = "as asked" if given["ulysses_degree"] else f"the most that shares {heads} heads and the ranks"
     uneven = idle_share(degrees, heads)
     ring = "as asked" if given["ring_degree"] else "what is left" if degrees.ring > 1 else "no ranks are left"

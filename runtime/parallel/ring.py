@@ -43,7 +43,8 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
     A part without keys (-inf) has no weight; two of them stay zeros and -inf.
     """
-    weight = torch.sigmoid(other_lse - lse).nan_to_num(0.0)  # exp(other_lse) / (exp(lse) + exp(other_lse))
+    share = torch.sigmoid(other_lse - lse)  # exp(other_lse) / (exp(lse) + exp(other_lse))
+    weight = torch.where(other_lse == -torch.inf, 0.0, share)
     return torch.lerp(out, other.float(), weight[..., None]), torch.logaddexp(lse, other_lse)
 
 

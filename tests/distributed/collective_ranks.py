@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -109,10 +110,40 @@ def properties(group: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
     return {check.__name__: check for check in found}
 
 
+def next_chunk_travels_while_one_is_attended_to(group: dist.ProcessGroup) -> None:
+    """The order of what every rank does: pass on, attend, wait, and only attend in the last turn."""
+    events: list[str] = []
+    start = dist.batch_isend_irecv
+
+    class Work:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def batch(ops: list[dist.P2POp]) -> list[Work]:
+        events.append("pass on")
+        return [Work(work) for work in start(ops)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        events.append("attend")
+        return attention_lse(q, k, v)
+
+    world = dist.get_world_size(group)
+    q = torch.randn(1, 2, 1, 4)
+    with mock.patch.object(dist, "batch_isend_irecv", batch):
+        ring_attention(q, q, q, [2] * world, attend, group=group)
+    agreed(group, events == ["pass on", "attend", "wait", "wait"] * (world - 1) + ["attend"])
+
+
 def main(rank: int, world: int, group: dist.ProcessGroup, folder: Path) -> None:
     single = SequenceGroups.of(ParallelMesh.single())
     assert single.alone
     with (folder / f"{rank}.txt").open("w") as lines:
+        next_chunk_travels_while_one_is_attended_to(group)
+        lines.write("overlap\n")
         for name, holds in properties(group).items():
             holds()
             lines.write(f"{name}\n")

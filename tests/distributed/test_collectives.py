@@ -24,7 +24,7 @@ RANKS = Path(__file__).with_name("collective_ranks.py")
 def test_collectives_move_what_they_say_and_their_inverses_undo_it(tmp_path: Path, world: int) -> None:
     run_ranks(RANKS, world, tmp_path, tmp_path)
     for rank in range(world):
-        assert len((tmp_path / f"{rank}.txt").read_text().splitlines()) == 6
+        assert len((tmp_path / f"{rank}.txt").read_text().splitlines()) == 7
 
 
 @settings(deadline=None)
@@ -61,6 +61,15 @@ def test_merging_nothing_with_nothing_is_nothing() -> None:
     out, lse = merge(zeros, nothing, zeros, nothing)
     assert torch.equal(out, zeros)
     assert torch.equal(lse, nothing)
+
+
+def test_not_a_number_is_not_taken_for_nothing() -> None:
+    zeros, nothing = torch.zeros(1, 1, 1, 3), torch.full((1, 1, 1), -math.inf)
+    out, lse = merge(zeros, nothing, zeros + math.nan, nothing + math.nan)
+    assert out.isnan().all()
+    out, lse = merge(out, lse, zeros, nothing + 1)
+    assert out.isnan().all()
+    assert lse.isnan().all()
 
 
 def test_one_rank_moves_nothing() -> None:

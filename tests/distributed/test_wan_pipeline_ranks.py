@@ -78,9 +78,14 @@ def test_every_rank_has_the_latents_of_one_rank(
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=name)
 def test_a_step_sends_the_least_bytes_that_its_scheme_can(ranks: Ranks, degrees: Degrees) -> None:
     for rank, result in enumerate(ranks[degrees.world_size]):
-        sent = {kind: int(result[f"{name(degrees)} sent_{kind}"]) for kind in ("all_to_all", "ring", "all_gather")}
-        least = step_traffic(STEP, degrees, rank)
-        assert sent == {"all_to_all": least.ulysses + least.gather, "ring": least.ring, "all_gather": least.cfg}
+        least, in_attention = step_traffic(STEP, degrees, rank), 2 * STEP.layers * (degrees.ulysses > 1)
+        expected = {
+            "all_to_all": least.ulysses + least.gather,
+            "ring": least.ring,
+            "all_gather": least.cfg,
+            "exchanges": in_attention + (degrees.ulysses > 1) + (degrees.ring > 1),  # q, k and v go together
+        }
+        assert {kind: int(result[f"{name(degrees)} sent_{kind}"]) for kind in expected} == expected
         assert least.total > 0
 
 

@@ -78,11 +78,12 @@ def run(pipeline: WanPipeline, tokenizer: T5Tokenizer, checkpoint: Path) -> dict
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Bytes that this rank sends to other ranks, by the collective that sends them."""
-    sent = {"all_to_all": 0, "ring": 0, "all_gather": 0}
+    """Bytes that this rank sends to other ranks, by the collective that sends them, and the number of all-to-alls."""
+    sent = {"all_to_all": 0, "ring": 0, "all_gather": 0, "exchanges": 0}
     exchange, p2p, gather = dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather
 
     def all_to_all(output: Any, given: Any, incoming: Any, outgoing: Any, group: Any) -> None:
+        sent["exchanges"] += 1
         sent["all_to_all"] += (given.numel() - outgoing[dist.get_rank(group)]) * given.element_size()
         exchange(output, given, incoming, outgoing, group=group)
 

@@ -1,4 +1,4 @@
-"""`--sp-impl yunchang`: refused without its packages; with them, only flash-attn's type, and ranks numbered like ours."""
+"""`--sp-impl yunchang`: refused without its packages; with them, flash-attn's type only, and ranks like ours."""
 
 from __future__ import annotations
 
