@@ -66,6 +66,10 @@ class ClipVae:
 
     def __init__(self, vae: AutoencoderKLWan, fuse: bool) -> None:
         self.vae = vae
+        self.use_fusion(fuse)
+
+    def use_fusion(self, fuse: bool) -> None:
+        """Switch compilation of the normalisations on or off."""
         self.fuse = fuse
         if fuse:  # one variant per channel count, with and without gradients
             torch._dynamo.config.recompile_limit = 32

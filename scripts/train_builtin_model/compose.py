@@ -18,7 +18,10 @@ GLYPH = 128  # pixels of one atlas entry
 
 @dataclass(frozen=True, slots=True)
 class SceneBatch:
-    """sprite: (B, 4) int64; path: (B, 4, 10) float32; count: (B,) int64; background: (B, 3) float32 in [0, 1]."""
+    """sprite: (B, 4) int64; path: (B, 4, 10) float32; count: (B,) int64; background: (B, 3) float32 in [0, 1].
+
+    `count` stays on the CPU, where the compositor reads it without waiting for the GPU.
+    """
 
     sprite: torch.Tensor
     path: torch.Tensor
@@ -27,8 +30,8 @@ class SceneBatch:
 
     def to(self, device: torch.device) -> SceneBatch:
         """The same on another device."""
-        move = [t.to(device, non_blocking=True) for t in (self.sprite, self.path, self.count, self.background)]
-        return SceneBatch(*move)
+        sprite, path, background = (t.to(device, non_blocking=True) for t in (self.sprite, self.path, self.background))
+        return SceneBatch(sprite, path, self.count, background)
 
 
 def pack_scenes(scenes: list[Scene], rng: np.random.Generator) -> SceneBatch:
@@ -68,6 +71,7 @@ class Compositor:
             rows = (batch.count > k).nonzero().squeeze(1)
             if rows.numel() == 0:
                 break
+            rows = rows.to(out.device, non_blocking=True)
             layer = self._layer(batch.sprite[rows, k], batch.path[rows, k], frames)
             out[rows] = layer[:, :, :3] + out[rows] * (1 - layer[:, :, 3:])
         return (out * 2 - 1).permute(0, 2, 1, 3, 4)

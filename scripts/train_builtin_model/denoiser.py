@@ -53,6 +53,28 @@ class TrainingAttention:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
+def rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    """UMT5LayerNorm, in float32."""
+    wide = x.float()
+    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+
+
+def text_block(block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One UMT5 encoder block: hidden (B, L, E), mask (B, L) bool, true where there is a token."""
+    attention, feed = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+    length = hidden.shape[1]
+    normed = rms_norm(hidden, block.layer[0].layer_norm)
+    query, key, value = (
+        linear(normed).unflatten(2, (attention.n_heads, -1)).transpose(1, 2)
+        for linear in (attention.q, attention.k, attention.v)
+    )
+    scores = (query @ key.mT).float() + attention.compute_bias(length, length).float()
+    weights = scores.masked_fill(~mask[:, None, None], -1e9).softmax(dim=-1).to(value.dtype)
+    hidden = hidden + attention.o((weights @ value).transpose(1, 2).flatten(2))
+    normed = rms_norm(hidden, block.layer[1].layer_norm)
+    return hidden + feed.wo(F.gelu(feed.wi_0(normed), approximate="tanh") * feed.wi_1(normed))
+
+
 class Denoiser(nn.Module):
     """Text ids and noisy latents in, predicted velocity (noise - data) out."""
 
@@ -76,10 +98,16 @@ class Denoiser(nn.Module):
         self.load_state_dict({**weights, "text_encoder.encoder.embed_tokens.weight": tied})
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: (B, L), zero padded -> (B, L + 1, E): zero past a caption's end; the last row is the padding."""
-        mask = (ids != 0).long()
-        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return F.pad(states * mask[..., None], (0, 0, 0, 1))
+        """ids: (B, L), zero padded -> (B, L + 1, E): zero past a caption's end; the last row is the padding.
+
+        Computes what UMT5EncoderModel computes (a test compares), in operations that a CUDA graph can record.
+        """
+        mask = ids != 0
+        hidden = self.text_encoder.shared(ids)
+        for block in self.text_encoder.encoder.block:
+            hidden = text_block(block, hidden, mask)
+        hidden = rms_norm(hidden, self.text_encoder.encoder.final_layer_norm)
+        return F.pad(hidden * mask[..., None], (0, 0, 0, 1))
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """latents: (B, C, T, h, w), sigma: (B,) in [0, 1], ids: (B, L) -> (B, C, T, h, w)."""
@@ -89,15 +117,16 @@ class Denoiser(nn.Module):
         return out
 
 
-def drop_captions(ids: torch.Tensor, share: float) -> torch.Tensor:
+def drop_captions(ids: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
     """Replace a share of the captions by the empty one, whose only token is the end mark."""
     empty = torch.zeros_like(ids)
     empty[:, 0] = END_ID
-    return torch.where(torch.rand(ids.shape[0], 1, device=ids.device) < share, empty, ids)
+    return torch.where(torch.rand(ids.shape[0], 1, device=ids.device, generator=generator) < share, empty, ids)
 
 
-def draw_sigma(count: int, device: torch.device) -> torch.Tensor:
+def draw_sigma(count: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
     """Noise levels: logit-normal, a sixth of them uniform so that both ends are visited."""
-    normal = torch.sigmoid(0.4 + 1.1 * torch.randn(count, device=device))
-    uniform = torch.rand(count, device=device)
-    return torch.where(torch.rand(count, device=device) < 1 / 6, uniform, normal).clamp(1e-3, 1.0)
+    normal = torch.sigmoid(0.4 + 1.1 * torch.randn(count, device=device, generator=generator))
+    uniform = torch.rand(count, device=device, generator=generator)
+    chosen = torch.rand(count, device=device, generator=generator) < 1 / 6
+    return torch.where(chosen, uniform, normal).clamp(1e-3, 1.0)

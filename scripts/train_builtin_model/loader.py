@@ -29,13 +29,18 @@ class Block:
 
 
 class SceneBlocks(IterableDataset[Block]):
-    """Endless blocks: `images` one-frame scenes or `videos` clips of one length, by turns at random."""
+    """Endless blocks: `images` one-frame scenes or `videos` clips of one of `lengths`, by turns at random.
+
+    `progress` is in memory that the workers share; writing to it moves their curriculum on.
+    """
 
     def __init__(
-        self, clash: NDArray[np.float32], images: int, videos: int, video_share: float, seed: int, core: bool = False
-    ) -> None:
+        self, clash: NDArray[np.float32], images: int, videos: int, video_share: float, seed: int, core: bool = False,
+        lengths: tuple[int, ...] = LENGTHS,
+    ) -> None:  # fmt: skip
         self.clash, self.images, self.videos, self.video_share, self.seed = clash, images, videos, video_share, seed
-        self.core = core
+        self.core, self.lengths = core, lengths
+        self.progress = torch.ones(1).share_memory_()
 
     def __iter__(self) -> Iterator[Block]:
         info = get_worker_info()
@@ -44,9 +49,11 @@ class SceneBlocks(IterableDataset[Block]):
         maker = SceneMaker(vocabulary, self.clash, seed, core_sprites(vocabulary) if self.core else None)
         tokenizer = build_tokenizer(vocabulary)
         rng, array_rng = random.Random(seed + 500), np.random.default_rng(seed)
+        weights = [w for length, w in zip(LENGTHS, LENGTH_WEIGHTS, strict=True) if length in self.lengths]
         while True:
+            maker.progress = float(self.progress)
             if rng.random() < self.video_share:
-                frames = rng.choices(LENGTHS, LENGTH_WEIGHTS)[0]
+                frames = rng.choices(self.lengths, weights)[0]
                 scenes = [maker.video(frames) for _ in range(self.videos)]
             else:
                 frames = 1

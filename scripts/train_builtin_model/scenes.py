@@ -44,12 +44,15 @@ def _still(x: float, y: float, size: float) -> tuple[float, ...]:
 
 
 class SceneMaker:
-    """Draws scenes from a seeded generator. clash: (sprites, backgrounds) of the sprite file; only: which sprites."""
+    """Draws scenes from a seeded generator. clash: (sprites, backgrounds) of the sprite file; only: which sprites.
+
+    `progress`, from 0 to 1, makes the curriculum: first mostly single and large subjects, then all kinds of scene.
+    """
 
     def __init__(
         self, vocabulary: Vocabulary, clash: NDArray[np.float32], seed: int, only: frozenset[int] | None = None
     ) -> None:
-        self.vocabulary = vocabulary
+        self.vocabulary, self.progress = vocabulary, 1.0
         self.rng = random.Random(seed)
         self.names = list(BACKGROUNDS)
         self.clear = [[n for j, n in enumerate(self.names) if row[j] < CLASH] or ["white"] for row in clash]
@@ -99,8 +102,9 @@ class SceneMaker:
     def single(self, video: bool = False) -> Scene:
         """One subject, perhaps with a place and a size."""
         rng, sprite = self.rng, self.sprite()
-        size = rng.choice((None, None, None, "small", "big"))
-        place = rng.choice(list(PLACE_CENTRES)) if rng.random() < 0.4 and size != "big" else None
+        early = max(0.0, 1.0 - 2.0 * self.progress)  # falls to 0 at half time
+        size = rng.choices((None, "small", "big"), (0.60, 0.18 * (1 - early), 0.22 + 0.3 * early))[0]
+        place = rng.choice(list(PLACE_CENTRES)) if rng.random() < 0.36 * (1 - early) and size != "big" else None
         x, y = PLACE_CENTRES[place or "center"]
         if size == "small":
             pixels = rng.uniform(28, 36)
@@ -151,9 +155,11 @@ class SceneMaker:
         return self._finish(core, [(sprite, motion_path(rng, kind, reach, frames))], f"motion {kind}", True)
 
     def image(self) -> Scene:
-        """A scene for one frame."""
-        draw = self.rng.random()
-        return self.single() if draw < 0.55 else self.pair() if draw < 0.86 else self.counted()
+        """A scene for one frame: at first four of five with one subject, from half time on 54 %, and 34 % pairs."""
+        draw, single = self.rng.random(), 0.80 - 0.26 * min(1.0, 2.0 * self.progress)
+        if draw < single:
+            return self.single()
+        return self.pair() if draw < single + 0.74 * (1 - single) else self.counted()
 
     def video(self, frames: int) -> Scene:
         """A scene for several frames, most of them with motion."""

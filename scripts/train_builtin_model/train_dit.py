@@ -1,7 +1,7 @@
 """Trains the text encoder and the transformer together, by flow matching in the latent space of the trained VAE.
 
-Usage: python -m train_builtin_model.train_dit --sprites work/sprites.npz --out work --max-minutes 5 --schedule 0 0.45
-       and later, with --resume, --schedule 0.45 1
+Usage: python -m train_builtin_model.train_dit --sprites work/sprites.npz --out work --max-minutes 2 --schedule 0 0.3
+       and later, with --resume, --schedule 0.3 1
 
 A part starts from the averaged weights of the part before; optimiser moments start anew, with a short warm-up.
 """
@@ -26,17 +26,17 @@ from train_builtin_model.compose import Compositor
 from train_builtin_model.denoiser import Denoiser, draw_sigma, drop_captions
 from train_builtin_model.loader import CAPTION_TOKENS, SceneBlocks, start_loader
 from train_builtin_model.models import initialise_transformer, make_text_encoder, make_transformer, make_vae
-from train_builtin_model.muon import Muon
+from train_builtin_model.steps import DEFAULT_FORMS, FORMS, Body, StepRunner
 from train_builtin_model.tokenizer import build_tokenizer
+from train_builtin_model.update import Updater
 from train_builtin_model.vocab import load_vocabulary
 
-ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 1.5e-3, 0.012, 150
-EMA = 0.9985
+ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 1.5e-3, 0.012, 300
+EMA = 0.999
 CAPTION_DROPOUT = 0.1
-LENGTH_SHARE = {17: 0.76, 13: 0.08, 9: 0.08, 5: 0.08}
-ENCODE_SHARE = 0.12  # of the time, for fresh scenes
+LENGTH_SHARE = {17: 0.79, 13: 0.07, 9: 0.07, 5: 0.07}
 SMALL_CAPACITY = {1: 6000, 17: 200, 13: 30, 9: 30, 5: 30}
-CAPACITY = {1: 400_000, 17: 50_000, 13: 8_000, 9: 8_000, 5: 8_000}
+CAPACITY = {1: 300_000, 17: 40_000, 13: 6_000, 9: 6_000, 5: 6_000}
 
 
 def rate_factor(progress: float, step: int) -> float:
@@ -55,12 +55,12 @@ def split_parameters(model: Denoiser) -> tuple[list[nn.Parameter], list[nn.Param
     return matrices, others
 
 
-def flow_loss(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def flow_loss(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Rectified flow: mean squared error of the velocity noise - data, at a random noise level per sample."""
-    sigma = draw_sigma(latents.shape[0], latents.device)
-    noise = torch.randn_like(latents)
+    sigma = draw_sigma(latents.shape[0], latents.device, generator)
+    noise = torch.randn(latents.shape, device=latents.device, generator=generator)
     level = sigma.view(-1, 1, 1, 1, 1)
-    velocity = model((1 - level) * latents + level * noise, sigma, drop_captions(ids, CAPTION_DROPOUT))
+    velocity = model((1 - level) * latents + level * noise, sigma, drop_captions(ids, CAPTION_DROPOUT, generator))
     return (velocity.float() - (noise - latents)).square().mean()
 
 
@@ -75,8 +75,9 @@ class Trainer:
         sprites = np.load(args.sprites)
         # Workers fork before the first use of the GPU in this process; each part has scenes of its own.
         seed = args.seed + round(1000 * args.schedule[0])
-        data = SceneBlocks(sprites["clash"], args.images, args.videos, args.video_share, seed, args.core)
-        blocks = start_loader(data, args.workers)
+        self.data = SceneBlocks(sprites["clash"], args.images, args.videos, args.video_share, seed, args.core)
+        self.data.progress.fill_(args.schedule[0])
+        blocks = start_loader(self.data, args.workers)
         next(blocks)
         torch.set_float32_matmul_precision("high")
         weights, vae_meta = load_checkpoint(args.out, "vae")
@@ -85,20 +86,18 @@ class Trainer:
         compositor = Compositor(sprites["rgba"], self.device, torch.bfloat16 if on_gpu else torch.float32)
         capacity = CAPACITY if on_gpu else SMALL_CAPACITY
         statistics = (vae_meta["latents_mean"], vae_meta["latents_std"])
-        self.bank = LatentBank(ClipVae(vae, fuse=on_gpu), compositor, blocks, capacity, statistics, self.device)
+        self.bank = LatentBank(compositor, blocks, self.device, ClipVae(vae, fuse=on_gpu), capacity, statistics)
         self.model = self._make_model()
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.average_parameters, self.parameters = list(self.average.parameters()), list(self.model.parameters())
         self.model.use_training_attention(CAPTION_TOKENS)
-        if on_gpu and not args.no_compile:
-            torch.fx.experimental._config.use_duck_shape = False  # 64 tokens and 64 per head are no relation
-            for block in self.model.transformer.blocks:
-                block.compile(dynamic=True)
         matrices, others = split_parameters(self.model)
         if args.adam_only:
             matrices, others = [], others + matrices
-        self.muon = Muon(matrices)
-        self.adam = torch.optim.AdamW(others, lr=args.adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu)
+        self.update = Updater(self.model, self.average, matrices, others, args.adam_rate, MUON_RATE)
+        self.losses = torch.zeros(2, 2, device=self.device)  # images, clips: sum of losses, steps
+        self.runner = StepRunner(
+            {frames: self._body(frames) for frames in capacity}, self._compile, self.take_loss, self.device, seed
+        )
         self.random = random.Random(seed)
 
     def _make_model(self) -> Denoiser:
@@ -110,28 +109,55 @@ class Trainer:
             model.load_weights(weights)
         return model.to(self.device)
 
-    def batch(self) -> tuple[bool, torch.Tensor, torch.Tensor]:
-        """A batch of one clip length with about the same number of tokens whatever the length."""
-        if self.random.random() < self.args.image_share:
-            return False, *self.bank.rings[1].draw(self.args.batch)
-        frames = self.random.choices(list(LENGTH_SHARE), list(LENGTH_SHARE.values()))[0]
-        return True, *self.bank.rings[frames].draw(max(1, self.args.batch // ((frames - 1) // 4 + 1)))
+    def _compile(self, on: bool) -> None:
+        torch.fx.experimental._config.use_duck_shape = False  # 64 tokens and 64 per head are no relation
+        for block in self.model.transformer.blocks:
+            if on:
+                block.compile(dynamic=True)
+            else:
+                block._compiled_call_impl = None
 
-    def step(self, index: int, progress: float) -> tuple[bool, torch.Tensor]:
-        """One update. -> whether of clips, loss on the device."""
-        factor = rate_factor(progress, index)
-        video, latents, ids = self.batch()
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss = flow_loss(self.model, latents, ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
-        self.adam.param_groups[0]["lr"] = self.args.adam_rate * factor
-        self.adam.step()
-        self.muon.step(MUON_RATE * factor)
-        self.model.zero_grad(set_to_none=False)
-        torch._foreach_lerp_(self.average_parameters, self.parameters, 1 - min(EMA, (index + 1) / (index + 20)))
-        self.meta["videos" if video else "images"] += latents.shape[0]
-        return video, loss.detach()
+    def batch_size(self, frames: int) -> int:
+        """Scenes in a batch: about the same number of tokens whatever the length."""
+        batch: int = self.args.batch
+        return max(1, batch // ((frames - 1) // 4 + 1))
+
+    def _body(self, frames: int) -> Body:
+        ring, count, log = self.bank.rings[frames], self.batch_size(frames), self.losses[int(frames > 1)]
+
+        def body(generator: torch.Generator) -> None:
+            latents, ids = ring.batch(count, generator)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = flow_loss(self.model, latents, ids, generator)
+            self.update.step(loss)
+            log[0] += loss.detach()
+            log[1] += 1
+
+        return body
+
+    def take_losses(self) -> list[float]:
+        """Mean losses of images and of clips since the last call; waits for the GPU."""
+        rows = self.losses.tolist()
+        self.losses.zero_()
+        return [total / max(steps, 1.0) for total, steps in rows]
+
+    def take_loss(self) -> float:
+        """The same of whichever there was."""
+        return sum(self.take_losses())
+
+    def prepare(self) -> None:
+        """Fill the bank and choose the form of the step; weights stay as they are."""
+        self.block_seconds = self.bank.fill(self.args.fill_seconds)
+        self.update.schedule(0.0, 0.0)
+        known = [self.meta["form"]] if "form" in self.meta else DEFAULT_FORMS  # the part before has tried all
+        self.meta["form"] = self.runner.choose(self.args.forms or known)
+        self.update.reset()
+
+    def shape(self) -> int:
+        """How many frames the next batch has."""
+        if self.random.random() < self.args.image_share:
+            return 1
+        return self.random.choices(list(LENGTH_SHARE), list(LENGTH_SHARE.values()))[0]
 
     def save(self, seconds: float) -> None:
         """The averaged weights and the log."""
@@ -142,37 +168,36 @@ class Trainer:
         """Until the clock says stop."""
         args, start = self.args, time.monotonic()
         self.seconds_before: float = self.meta["seconds"]
-        block_seconds = self.bank.fill(args.fill_seconds)
-        filled = {frames: ring.filled for frames, ring in self.bank.rings.items()}
-        print(f"bank {filled}, {block_seconds * 1e3:.1f} ms a block", flush=True)
+        steps_before: int = self.meta["steps"]
+        self.prepare()
         begin, end = args.schedule
-        index, saved, interval, mark = 0, time.monotonic(), 1, 0.0
-        totals: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-        while (share := (time.monotonic() - start) / (60 * args.max_minutes)) < 1 and index < args.max_steps:
-            video, loss = self.step(index, begin + (end - begin) * share)
-            totals[video].append(loss)
+        index, saved, refilled, begun = 0, time.monotonic(), 0.0, time.monotonic()
+        seconds = max(1.0, start + 60 * args.max_minutes - begun)
+        while index < args.max_steps:
+            share = min(1.0, (time.monotonic() - begun) / seconds)
+            if share == 1 and index >= args.min_steps:
+                break
+            progress = begin + (end - begin) * share
+            self.update.schedule(rate_factor(progress, index), 1 - min(EMA, (index + 1) / (index + 20)))
+            frames = self.shape()
+            self.runner(frames)
+            self.meta["videos" if frames > 1 else "images"] += self.batch_size(frames)
             index += 1
-            if index == 60:
-                mark = time.monotonic()
-            if index == 120:
-                interval = max(1, round(block_seconds / ((time.monotonic() - mark) / 60 * ENCODE_SHARE)))
-                print(f"step {(time.monotonic() - mark) / 60 * 1e3:.1f} ms, a fresh block every {interval}", flush=True)
-            if index > 120 and index % interval == 0:
+            self.meta["steps"] = steps_before + index
+            if refilled < args.refill_share * (time.monotonic() - begun):
+                self.data.progress.fill_(progress)
                 self.bank.refill()
+                refilled += self.block_seconds
             if index % args.log_every == 0:
-                self._log(totals, index, time.monotonic() - start)
+                self._log(time.monotonic() - start)
             if time.monotonic() - saved > args.save_seconds:
                 self.save(time.monotonic() - start)
                 saved = time.monotonic()
-        self.meta["steps"] += index
         self.save(time.monotonic() - start)
         print(f"dit: {self.meta['steps']} steps, {self.meta['images']} images, {self.meta['videos']} clips", flush=True)
 
-    def _log(self, totals: dict[bool, list[torch.Tensor]], index: int, seconds: float) -> None:
-        means = [float(torch.stack(v).mean()) if v else 0.0 for v in totals.values()]
-        for values in totals.values():
-            values.clear()
-        row = [self.meta["steps"] + index, round(self.seconds_before + seconds, 1), *(round(m, 5) for m in means)]
+    def _log(self, seconds: float) -> None:
+        row = [self.meta["steps"], round(self.seconds_before + seconds, 1), *(round(m, 5) for m in self.take_losses())]
         self.meta["history"].append(row)
         print(f"dit step {row[0]} {row[1]} s: images {row[2]}, clips {row[3]}", flush=True)
 
@@ -183,22 +208,26 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--max-minutes", type=float, default=5.0)
+    parser.add_argument("--max-minutes", type=float, default=5.0, help="all of it, but for start-up")
     parser.add_argument("--max-steps", type=int, default=10**9)
+    parser.add_argument("--min-steps", type=int, default=0, help="even when the time is over")
     parser.add_argument("--schedule", type=float, nargs=2, default=(0.0, 1.0), help="progress at start and end")
-    parser.add_argument("--image-share", type=float, default=0.52, help="of all steps; most others are of 17 frames")
-    parser.add_argument("--video-share", type=float, default=0.6, help="of freshly drawn blocks")
+    parser.add_argument("--image-share", type=float, default=0.70, help="of all steps; most others are of 17 frames")
+    parser.add_argument("--video-share", type=float, default=0.5, help="of freshly drawn blocks")
     parser.add_argument("--core", action="store_true", help="the small vocabulary of core_subjects.txt")
     parser.add_argument("--adam-rate", type=float, default=ADAM_RATE)
     parser.add_argument("--adam-only", action="store_true", help="no Muon, whose step is dear without a GPU")
     parser.add_argument("--batch", type=int, default=512, help="images in a batch; clips in proportion to tokens")
     parser.add_argument("--images", type=int, default=256, help="images in a freshly drawn block")
     parser.add_argument("--videos", type=int, default=16, help="clips in a freshly drawn block")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--fill-seconds", type=float, default=28.0)
-    parser.add_argument("--save-seconds", type=float, default=90.0)
-    parser.add_argument("--log-every", type=int, default=200)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=10)
+    parser.add_argument("--fill-seconds", type=float, default=20.0)
+    parser.add_argument("--refill-share", type=float, default=0.12, help="of the time, for fresh scenes")
+    parser.add_argument("--save-seconds", type=float, default=60.0)
+    parser.add_argument("--log-every", type=int, default=500)
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, help="default: plain, graph, compiled graph; resumed: known"
+    )
     parser.add_argument("--seed", type=int, default=1)
     Trainer(parser.parse_args()).run()
 

@@ -1,15 +1,15 @@
-"""Trains the autoencoder from nothing on composed scenes, images and clips by turns.
+"""Trains the autoencoder from nothing on composed scenes; every step has images and clips.
 
-Usage: python -m train_builtin_model.train_vae --sprites work/sprites.npz --out work --max-minutes 3
+Usage: python -m train_builtin_model.train_vae --sprites work/sprites.npz --out work --max-minutes 4
+
+Clips have 17 frames: the autoencoder is causal, so all shorter clips are beginnings of these.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import nn
 
+from train_builtin_model.bank import PixelBank
 from train_builtin_model.checkpoint import load_checkpoint, prefixed, save_checkpoint, with_prefix
 from train_builtin_model.clip_vae import ClipVae
-from train_builtin_model.compose import Compositor
-from train_builtin_model.loader import Block, SceneBlocks, start_loader
+from train_builtin_model.compose import RESOLUTION, Compositor
+from train_builtin_model.loader import SceneBlocks, start_loader
 from train_builtin_model.models import initialise_vae, make_vae
-from train_builtin_model.muon import Muon
+from train_builtin_model.steps import DEFAULT_FORMS, FORMS, StepRunner
+from train_builtin_model.update import Updater
 
-ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 2e-3, 0.02, 30
+ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 2e-3, 0.02, 100
 KL_WEIGHT = 2e-3
-EMA = 0.995
+EMA = 0.998
+CLIP = 17
+CAPACITY, SMALL_CAPACITY = {1: 60_000, CLIP: 6_000}, {1: 500, CLIP: 30}
 
 
 def reconstruction_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -58,53 +62,34 @@ def split_parameters(vae: AutoencoderKLWan) -> tuple[list[nn.Parameter], list[nn
     return filters, others
 
 
-def random_crop(video: torch.Tensor, size: int, rng: random.Random) -> torch.Tensor:
-    """(B, 3, F, 128, 128) -> (B, 3, F, size, size), one window for the batch, on the grid of latents."""
-    y, x = (8 * rng.randrange((video.shape[-1] - size) // 8 + 1) for _ in range(2))
-    return video[..., y : y + size, x : x + size]
-
-
-@torch.no_grad()
-def latent_statistics(
-    clip_vae: ClipVae, compositor: Compositor, blocks: Iterator[Block], device: torch.device, count: int
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every latent channel, over `count` blocks."""
-    sums = squares = torch.zeros((), device=device)
-    for _ in range(count):
-        block = next(blocks)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, _ = clip_vae.encode(compositor.render(block.scenes.to(device), block.frames))
-        sums = sums + mean.mean(dim=(0, 2, 3, 4)) / count
-        squares = squares + mean.square().mean(dim=(0, 2, 3, 4)) / count
-    return sums.tolist(), (squares - sums.square()).clamp_min(1e-6).sqrt().tolist()
-
-
 class Trainer:
-    """Model, average, optimisers and log of one part."""
+    """Model, average, optimisers, pictures and log of one part."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.on_gpu = self.device.type == "cuda"
         torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True
         sprites = np.load(args.sprites)
         self.vae, self.meta = self._make_model()
         # Workers fork before the first use of the GPU in this process.
-        data = SceneBlocks(sprites["clash"], args.images, args.videos, 0.5, args.seed + self.meta["steps"])
-        self.blocks = start_loader(data, args.workers)
-        next(self.blocks)
+        seed = args.seed + self.meta["steps"]
+        data = SceneBlocks(sprites["clash"], 4 * args.images, args.videos, 0.6, seed, lengths=(CLIP,))
+        blocks = start_loader(data, args.workers)
+        next(blocks)
         self.vae.to(self.device)
         self.average = copy.deepcopy(self.vae).requires_grad_(False)
-        self.average_parameters, self.parameters = list(self.average.parameters()), list(self.vae.parameters())
-        self.compositor = Compositor(sprites["rgba"], self.device, torch.bfloat16 if self.on_gpu else torch.float32)
-        self.clip_vae = ClipVae(self.vae, fuse=self.on_gpu)
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        compositor = Compositor(sprites["rgba"], self.device, self.dtype)
+        self.bank = PixelBank(compositor, blocks, self.device, CAPACITY if self.on_gpu else SMALL_CAPACITY)
+        self.clip_vae = ClipVae(self.vae, fuse=False)
         if args.decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        filters, others = split_parameters(self.vae)
-        self.muon = Muon(filters)
-        self.adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=self.on_gpu)
-        self.random = random.Random(args.seed)
+        self.update = Updater(self.vae, self.average, *split_parameters(self.vae), ADAM_RATE, MUON_RATE)
+        self.losses = torch.zeros(3, device=self.device)  # sums of reconstruction and KL; steps
+        self.runner = StepRunner({CLIP: self.body}, self.clip_vae.use_fusion, self.take_loss, self.device, seed)
 
     def _make_model(self) -> tuple[AutoencoderKLWan, dict[str, Any]]:
         vae = make_vae()
@@ -115,57 +100,94 @@ class Trainer:
         vae.load_state_dict(with_prefix("vae", weights))
         return vae, meta
 
-    def step(self, index: int, progress: float) -> torch.Tensor:
-        """One update. -> (reconstruction loss, KL), on the device."""
-        block = next(self.blocks)
-        video = self.compositor.render(block.scenes.to(self.device), block.frames)
-        video = random_crop(video, self.args.crop, self.random)
+    def loss(self, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """-> (2,): reconstruction loss, KL."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
             mean, log_variance = self.clip_vae.encode(video)
-            out = self.clip_vae.decode(mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
+            noise = torch.randn(mean.shape, device=self.device, generator=generator)
+            out = self.clip_vae.decode(mean + noise * (0.5 * log_variance).exp())
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
-        reconstruction = reconstruction_loss(out, video)
-        self.vae.zero_grad(set_to_none=True)
-        (reconstruction + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
-        factor = rate_factor(progress, index)
-        self.adam.param_groups[0]["lr"] = ADAM_RATE * factor
-        self.adam.step()
-        self.muon.step(MUON_RATE * factor)
-        torch._foreach_lerp_(self.average_parameters, self.parameters, 1 - min(EMA, (index + 1) / (index + 10)))
-        return torch.stack([reconstruction.detach(), kl.detach()])
+        return torch.stack([reconstruction_loss(out, video), kl])
+
+    def body(self, generator: torch.Generator) -> None:
+        """One whole step: half of the loss from windows of images, half from windows of clips."""
+        args, rings = self.args, self.bank.rings
+        images = rings[1].batch(args.images, args.crop, self.dtype, generator)
+        clips = rings[CLIP].batch(args.videos, args.crop, self.dtype, generator)
+        parts = (self.loss(images, generator) + self.loss(clips, generator)) / 2
+        self.update.step(parts[0] + KL_WEIGHT * parts[1])
+        self.losses[:2] += parts.detach()
+        self.losses[2] += 1
+
+    def take_loss(self) -> float:
+        """Mean reconstruction loss since the last call; waits for the GPU."""
+        return self.take_losses()[0]
+
+    def take_losses(self) -> tuple[float, float]:
+        """Mean reconstruction loss and KL since the last call; waits for the GPU."""
+        reconstruction, kl, steps = self.losses.tolist()
+        self.losses.zero_()
+        return reconstruction / max(steps, 1.0), kl / max(steps, 1.0)
+
+    def prepare(self) -> None:
+        """Fill the bank and choose the form of the step; weights stay as they are."""
+        self.block_seconds = self.bank.fill(self.args.fill_seconds)
+        self.update.schedule(0.0, 0.0)
+        form = self.runner.choose(self.args.forms)
+        self.update.reset()
+        print(f"vae: form {form}", flush=True)
 
     def run(self) -> None:
         """Until the clock says stop; then the latent statistics."""
-        args, start, index = self.args, time.monotonic(), 0
+        args, start = self.args, time.monotonic()
+        self.prepare()
         begin, end = args.schedule
-        running, saved = torch.zeros(2, device=self.device), time.monotonic()
-        while (share := (time.monotonic() - start) / (60 * args.max_minutes)) < 1 and index < args.max_steps:
-            running += self.step(index, begin + (end - begin) * share)
+        index, saved, refilled, begun = 0, time.monotonic(), 0.0, time.monotonic()
+        seconds = max(1.0, start + 60 * args.max_minutes - begun)
+        while index < args.max_steps:
+            share = min(1.0, (time.monotonic() - begun) / seconds)
+            if share == 1 and index >= args.min_steps:
+                break
+            factor = rate_factor(begin + (end - begin) * share, index)
+            self.update.schedule(factor, 1 - min(EMA, (index + 1) / (index + 10)))
+            self.runner(CLIP)
             index += 1
+            if refilled < args.refill_share * (time.monotonic() - begun):
+                before = time.monotonic()
+                self.bank.refill()
+                refilled += max(time.monotonic() - before, self.block_seconds)
             if index % args.log_every == 0:
-                values, seconds = (running / args.log_every).tolist(), time.monotonic() - start
-                running.zero_()
-                row = [
-                    self.meta["steps"] + index,
-                    round(self.meta["seconds"] + seconds, 1),
-                    *(round(v, 5) for v in values),
-                ]
-                self.meta["history"].append(row)
-                print(f"vae step {row[0]} {row[1]} s: reconstruction {row[2]:.4f}, kl {row[3]:.3f}", flush=True)
+                self._log(index, time.monotonic() - start)
             if time.monotonic() - saved > args.save_seconds:
                 self.save()
                 saved = time.monotonic()
         self.meta["steps"] += index
         self.meta["seconds"] += time.monotonic() - start
         if not args.decoder_only:
-            average = ClipVae(self.average, fuse=False)
-            mean, std = latent_statistics(average, self.compositor, self.blocks, self.device, args.statistics)
-            self.meta.update(latents_mean=mean, latents_std=std)
+            self.meta["latents_mean"], self.meta["latents_std"] = self.latent_statistics(args.statistics)
         self.save()
-        print(
-            f"vae: {self.meta['steps']} steps, latent std {[round(s, 2) for s in self.meta['latents_std']]}", flush=True
-        )
+        spread = [round(s, 2) for s in self.meta["latents_std"]]
+        print(f"vae: {self.meta['steps']} steps, latent std {spread}", flush=True)
+
+    def _log(self, index: int, seconds: float) -> None:
+        values = [round(v, 5) for v in self.take_losses()]
+        row = [self.meta["steps"] + index, round(self.meta["seconds"] + seconds, 1), *values]
+        self.meta["history"].append(row)
+        print(f"vae step {row[0]} {row[1]} s: reconstruction {row[2]:.4f}, kl {row[3]:.3f}", flush=True)
+
+    @torch.no_grad()
+    def latent_statistics(self, count: int) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of every latent channel, over `count` batches of whole pictures."""
+        average = ClipVae(self.average, fuse=False)
+        sums = squares = torch.zeros((), device=self.device)
+        for index in range(count):
+            frames, size = ((1, 32), (CLIP, 4))[index % 2]
+            video = self.bank.rings[frames].batch(size, RESOLUTION, self.dtype, self.runner.generator)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
+                mean, _ = average.encode(video)
+            sums = sums + mean.mean(dim=(0, 2, 3, 4)) / count
+            squares = squares + mean.square().mean(dim=(0, 2, 3, 4)) / count
+        return sums.tolist(), (squares - sums.square()).clamp_min(1e-6).sqrt().tolist()
 
     def save(self) -> None:
         """The averaged weights and the log."""
@@ -178,19 +200,23 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--max-minutes", type=float, default=3.0)
+    parser.add_argument("--max-minutes", type=float, default=4.0, help="all of it, but for start-up and statistics")
     parser.add_argument("--schedule", type=float, nargs=2, default=(0.0, 1.0), help="progress at start and end")
     parser.add_argument(
-        "--decoder-only", action="store_true", help="with --resume: leave encoder and latents as they are"
+        "--decoder-only", action="store_true", help="with --resume: encoder and latents stay as they are"
     )
-    parser.add_argument("--crop", type=int, default=128, help="train on windows of this size, a multiple of 8")
+    parser.add_argument("--crop", type=int, default=64, help="train on windows of this size, a multiple of 8")
+    parser.add_argument("--images", type=int, default=128, help="images in a batch")
+    parser.add_argument("--videos", type=int, default=16, help="clips in a batch")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=DEFAULT_FORMS)
+    parser.add_argument("--fill-seconds", type=float, default=10.0)
+    parser.add_argument("--refill-share", type=float, default=0.08, help="of the time, for fresh scenes")
     parser.add_argument("--save-seconds", type=float, default=60.0)
     parser.add_argument("--max-steps", type=int, default=10**9)
-    parser.add_argument("--images", type=int, default=32, help="images in a batch")
-    parser.add_argument("--videos", type=int, default=2, help="clips in a batch")
-    parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument("--statistics", type=int, default=100, help="batches over which latent statistics are taken")
-    parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--min-steps", type=int, default=0, help="even when the time is over")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--statistics", type=int, default=60, help="batches over which latent statistics are taken")
+    parser.add_argument("--log-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     Trainer(parser.parse_args()).run()
 

@@ -104,15 +104,15 @@ def pluralise(noun: str) -> str:
     return noun + "s"
 
 
-def _parse_flags(text: str, noun: str) -> tuple[bool, str | None, bool, str]:
-    """-> (mass, colour, recolourable, plural). `pl:` takes words up to the next flag."""
+def _parse_flags(text: str, noun: str) -> tuple[bool, str | None, tuple[str, ...], str]:
+    """-> (mass, colour, colours it is rendered in as well, plural). `pl:` takes words up to the next flag."""
     mass = bool(re.search(r"(^|\s)m(\s|$)", re.sub(r"pl:[^:]*$", "", text)))
-    found = re.search(r"(^|\s)(rc|c):(\w+)", text)
-    plural = re.search(r"pl:(.+?)(?=\s(?:c|rc):|$)", text)
+    found = re.search(r"(^|\s)c:(\w+)((?:/\w+)*)", text)
+    plural = re.search(r"pl:(.+?)(?=\sc:|$)", text)
     return (
         mass,
-        found.group(3) if found else None,
-        found is not None and found.group(2) == "rc",
+        found.group(2) if found else None,
+        tuple(found.group(3).split("/")[1:]) if found else (),
         plural.group(1).strip() if plural else pluralise(noun),
     )
 
@@ -121,13 +121,13 @@ def load_vocabulary(path: Path = SUBJECTS_FILE) -> Vocabulary:
     """Parse the subject file. Sprites: first all glyphs in file order, then the recoloured ones."""
     subjects: list[Subject] = []
     sprites: list[Sprite] = []
-    recolourable: list[tuple[str, int]] = []
+    recoloured: list[Sprite] = []
     index: dict[str, int] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") or not line.strip():
             continue
         glyph, noun, synonyms, flags = (part.strip() for part in line.split(";"))
-        mass, colour, recolour, plural = _parse_flags(flags, noun)
+        mass, colour, others, plural = _parse_flags(flags, noun)
         if noun.startswith("@"):
             sprites.append(Sprite(glyph, index[noun[1:]], colour, base=False, recoloured=False))
             continue
@@ -136,12 +136,8 @@ def load_vocabulary(path: Path = SUBJECTS_FILE) -> Vocabulary:
         index[noun] = len(subjects)
         subjects.append(Subject(noun, plural, tuple(s.strip() for s in synonyms.split(",") if s.strip()), mass))
         sprites.append(Sprite(glyph, index[noun], colour, base=True, recoloured=False))
-        if recolour:
-            recolourable.append((glyph, index[noun]))
-    for glyph, subject in recolourable:
-        present = {sprite.colour for sprite in sprites if sprite.subject == subject}
-        sprites += [Sprite(glyph, subject, c, base=False, recoloured=True) for c in RECOLOURS if c not in present]
-    return Vocabulary(tuple(subjects), tuple(sprites))
+        recoloured += [Sprite(glyph, index[noun], c, base=False, recoloured=True) for c in others]
+    return Vocabulary(tuple(subjects), tuple(sprites + recoloured))
 
 
 def core_sprites(vocabulary: Vocabulary, path: Path = CORE_FILE) -> frozenset[int]:

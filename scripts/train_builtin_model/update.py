@@ -1,0 +1,74 @@
+"""What follows the gradients in every step, without a value that the host must know: it can be captured in a graph.
+
+Gradient clipping, AdamW, Muon and the running average of the weights. Rates and the weight of the average are
+tensors on the device, which `schedule` sets between steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from train_builtin_model.muon import Muon
+
+ALIGNMENT = 64  # elements: 256 bytes in float32
+
+
+def flatten_parameters(model: nn.Module) -> torch.Tensor:
+    """Move all parameters of `model` into one vector, of which they become views. -> the vector."""
+    parameters = list(model.parameters())
+    offsets = [0]
+    for parameter in parameters:
+        offsets.append(offsets[-1] + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT)
+    flat = torch.zeros(offsets[-1], device=parameters[0].device)
+    for parameter, offset in zip(parameters, offsets[:-1], strict=True):
+        view = flat[offset : offset + parameter.numel()].view(parameter.shape)
+        view.copy_(parameter.data)
+        parameter.data = view
+    return flat
+
+
+class Updater:
+    """Turns gradients of the trainable parameters of `model` into new weights, and `average` after them.
+
+    matrices belong to Muon, others to AdamW; `average` is a copy of `model`. Both models' parameters are flattened.
+    """
+
+    def __init__(
+        self, model: nn.Module, average: nn.Module, matrices: list[nn.Parameter], others: list[nn.Parameter],
+        adam_rate: float, muon_rate: float,
+    ) -> None:  # fmt: skip
+        self.flat, self.flat_average = flatten_parameters(model), flatten_parameters(average)
+        self.parameters, self.others = [*matrices, *others], others
+        device = self.flat.device
+        self.adam_rate, self.muon_rate, self.average_weight = (torch.zeros((), device=device) for _ in range(3))
+        self.rates = (adam_rate, muon_rate)
+        self.muon = Muon(matrices, self.muon_rate)
+        self.adam = torch.optim.AdamW(
+            others, lr=self.adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+        )
+
+    def schedule(self, factor: float, average_weight: float) -> None:
+        """Set the rates to `factor` times the highest; the average moves by `average_weight` towards the weights."""
+        self.adam_rate.fill_(self.rates[0] * factor)
+        self.muon_rate.fill_(self.rates[1] * factor)
+        self.average_weight.fill_(average_weight)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Differentiate and update. Gradients are dropped again, so a graph keeps nothing but the weights."""
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.others, 1.0)
+        self.adam.step()
+        self.muon.step()
+        self.flat_average.lerp_(self.flat, self.average_weight)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reset(self) -> None:
+        """Forget all moments, in place."""
+        self.muon.reset()
+        for state in self.adam.state.values():
+            for value in state.values():
+                value.zero_()
