@@ -15,6 +15,7 @@ import heapq
 import itertools
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ class Simulation:
         self.profiles = {c.steps: c.profile() for c in CLASSES}
         config = CoreConfig(
             groups=groups, policy=policy.by_name(name), slot_count=16, slot_bytes=10**8, max_queue=10_000,
-            profile_of=lambda r: self.profiles[r.num_inference_steps], keep_ended=1000,
+            profile_of=lambda r: self.profiles[r.num_inference_steps], keep_ended=1000, job_id=re.compile(".+"),
         )  # fmt: skip
         self.core = SchedulerCore(config, 1)
         self.now = 0.0

@@ -17,7 +17,7 @@ import zmq
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime import slots, transport
-from safelight.runtime.errors import ConfigError, ModelError, SafelightError, StartupError, from_code
+from safelight.runtime.errors import ConfigError, ModelError, StartupError, from_code
 from safelight.runtime.launch import specs
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import RunFolder, create_run_folder
@@ -47,6 +47,7 @@ HANG_S = 30.0  # of scheduler or output, whatever the kernel says
 MAX_FAILED_STARTS = 3  # of a group or child in a row that never came up, before it is given up
 MAX_DEATHS = 20  # of a child within DEATHS_S: it dies of something that starting again does not mend
 DEATHS_S = 60.0
+DRAIN_SAVING_S = 7.0  # the scheduler takes up to 5 s after the grace to save detached jobs
 _FINAL_ERRORS = (ConfigError.code, ModelError.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Supervisor:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._changed = threading.Condition()
         self._stopping = False
-        self._drain: Drain | None = None
+        self._drain_until: float | None = None
+        self._drain_told = False
         self._drained = False
         self._thread: threading.Thread | None = None
         self.failure: StartupError | None = None
@@ -107,7 +109,10 @@ class Supervisor:
         return self._run_folder.endpoints()
 
     def wait_ready(self, timeout: float, on_phase: Callable[[str], None] | None = None) -> None:
-        """Returns when all groups are ready. Raises StartupError: given up, or not ready after `timeout` seconds."""
+        """Returns when every group is ready or given up (one is ready then).
+
+        Raises StartupError: all given up, or not ready after `timeout` seconds.
+        """
         deadline = time.monotonic() + timeout
         told = ""
         while True:
@@ -115,7 +120,7 @@ class Supervisor:
                 phases = {group.phase for group in self._groups}
                 if self.failure:
                     raise self.failure
-                if all(group.ready for group in self._groups):
+                if all(group.ready or group.given_up for group in self._groups):
                     return
                 phase = ", ".join(sorted(phases))
                 if phase == told:
@@ -137,14 +142,14 @@ class Supervisor:
     def begin_drain(self, grace_s: float) -> None:
         """Accepts nothing new; what runs may finish within the grace."""
         with self._changed:
-            self._drain = Drain(grace_s)
+            self._drain_until = time.monotonic() + grace_s
         os.eventfd_write(self._wake, 1)
 
     def drain(self, grace_s: float) -> bool:
         """Drains and waits until nothing runs; False when work was left after the grace."""
         self.begin_drain(grace_s)
         with self._changed:
-            self._changed.wait_for(lambda: self._drained or self.failure is not None, grace_s + 2)
+            self._changed.wait_for(lambda: self._drained or self.failure is not None, grace_s + DRAIN_SAVING_S)
             return self._drained
 
     def stop(self) -> None:
@@ -170,7 +175,8 @@ class Supervisor:
         try:
             while not self._stopping and self.failure is None:
                 self._watch_once()
-        except (SafelightError, OSError) as error:  # a process or a descriptor that could not be had
+        except Exception as error:  # the main of the supervisor: a silent end would leave the server unwatched
+            log.exception("the supervisor ends")
             with self._changed:
                 self._fail(f"the supervisor cannot go on: {error}")
                 self._changed.notify_all()
@@ -188,9 +194,8 @@ class Supervisor:
             for received in self._control.receive_all():
                 self._handle(received.identity, received.message, now)
             self._watch_silence(now)
-            if self._drain:
-                self._tell("scheduler", self._drain)
-                self._drain = None
+            if self._drain_until is not None and not self._drain_told:
+                self._drain_told = self._tell("scheduler", Drain(max(0.0, self._drain_until - now)))
             self._changed.notify_all()
 
     def _poll(self) -> set[int]:
@@ -221,25 +226,33 @@ class Supervisor:
                     if role == "scheduler":
                         self._introduce_groups()
             case RankSilent(number, rank, epoch, seconds):
-                group = self._groups[number]
-                if group.epoch == epoch and rank < len(group.ranks):
+                group = self._group(number, epoch)
+                if group and 0 <= rank < len(group.ranks):
                     state = process_state(group.ranks[rank].pid)
                     if state in "TtZX":
                         self._restart_group(group, f"rank {rank} silent for {seconds:.0f} s, process state {state}")
             case KillGroup(number, epoch, reason):
-                if self._groups[number].epoch == epoch and self._groups[number].ranks:
-                    self._restart_group(self._groups[number], reason)
+                if group := self._group(number, epoch):
+                    self._restart_group(group, reason)
             case Drained():
                 self._drained = True
 
-    def _tell(self, role: str, message: ToControlled) -> None:
+    def _group(self, number: int, epoch: int) -> Group | None:
+        """A running group in this very epoch; what is said of another is late, or nonsense."""
+        group = self._groups[number] if 0 <= number < len(self._groups) else None
+        return group if group and group.epoch == epoch and group.ranks else None
+
+    def _tell(self, role: str, message: ToControlled) -> bool:
+        """Whether it was sent; what a new scheduler must know is told at its first heartbeat."""
         child = self._children.get(role)
         if child is None or not child.identity or self._control is None:
-            return  # told again at its first heartbeat
+            return False
         try:
             self._control.send(message, child.identity)
         except transport.PeerUnreachable as error:
             log.warning("%s: %s", role, error)
+            return False
+        return True
 
     def _introduce_groups(self) -> None:
         """What a new scheduler must know: the newest epoch of each group, and that earlier ones are dead."""
@@ -247,6 +260,7 @@ class Supervisor:
             if group.epoch > 0:
                 self._tell("scheduler", RankExited(group.number, group.epoch - 1, "before this scheduler"))
             self._announce(group)
+        self._drain_told = False
 
     def _announce(self, group: Group) -> None:
         if group.given_up:
@@ -285,7 +299,7 @@ class Supervisor:
             return
         log.error("%s ended with %d: starting it again", child.role, code)
         failed = self._failed_starts[child.role] = 0 if child.instance else self._failed_starts[child.role] + 1
-        if error or failed >= MAX_FAILED_STARTS or len(self._child_starts[child.role]) > MAX_DEATHS:
+        if (error and failed) or failed >= MAX_FAILED_STARTS or len(self._child_starts[child.role]) > MAX_DEATHS:
             reason = error.message if error else f"it ended with exit code {code} again and again"
             self._fail(f"the {child.role} cannot run: {reason}")
             return
@@ -334,7 +348,7 @@ class Supervisor:
         group.kill()
         self._tell("scheduler", RankExited(group.number, group.epoch, reason))
         group.failed_starts = 0 if was_ready else group.failed_starts + 1
-        final = group.error is not None and group.error.code in _FINAL_ERRORS
+        final = group.error is not None and group.error.code in _FINAL_ERRORS and not was_ready
         if final or group.failed_starts >= MAX_FAILED_STARTS:
             group.phase = "dead"
             group.given_up = group.error or ErrorInfo(StartupError.code, reason)

@@ -26,7 +26,7 @@ from safelight.runtime.scheduler.events import (
     SupervisorSaid,
     Tick,
 )
-from safelight.runtime.scheduler.jobs import Ended, Job, Stage
+from safelight.runtime.scheduler.jobs import Ended, Job, Run, Stage
 from safelight.runtime.scheduler.records import History, TerminalRecord
 from safelight.runtime.scheduler.state import CoreConfig, State
 
@@ -111,12 +111,18 @@ def _stop(s: State) -> None:
         run = job.run
         if job.attached:
             lifecycle.end(s, job, m.Status.CANCELLED, m.ErrorInfo("cancelled", "the server was shut down"))
-        elif run is not None and run.planned.stage == Stage.DENOISE and run.planned.k > 0:
-            at = run.planned
-            s.groups[run.group].control.append(m.Checkpoint(*run.key, at.index, at.k))
+        elif run is not None and (step := _steps_planned(run)) > 0:
+            s.groups[run.group].control.append(m.Checkpoint(*run.key, run.planned.index, step))
             s.saving.add(run.key)
     for group in s.groups.values():
         planning.plan(s, group)
+
+
+def _steps_planned(run: Run) -> int:
+    """Steps that the state of the current output has done when every plan sent is done; 0 before it is there."""
+    if run.planned.stage == Stage.DENOISE:
+        return run.planned.k
+    return run.job.profile.steps if run.planned.stage > Stage.DENOISE else 0
 
 
 def _recover(s: State, history: History) -> None:

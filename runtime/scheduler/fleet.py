@@ -12,6 +12,7 @@ from safelight.runtime.scheduler.state import Group, Rank, State
 
 SILENT_S = 5.0
 DEAD_S = 30.0
+START_LIMIT_S = 1800.0  # of a rank that was never heard of; it may import torch from a slow disk
 MIN_OP_DEADLINE_S = 30.0
 DEADLINE_FACTOR = 10.0
 DIVERGED_S = 5.0  # inventories that differ for so long will not agree any more
@@ -26,7 +27,7 @@ def rank_said(s: State, message: m.FromWorker) -> None:
         checkpoints.said(s, message)
         return
     rank = g.ranks.setdefault(message.rank, Rank(s.now))
-    rank.heard_at = s.now
+    rank.heard_at, rank.heard = s.now, True
     if isinstance(message, m.PlanDone):
         if message.scheduler_epoch == s.epoch and (reason := planning.acknowledge(s, g, message)):
             kill(s, g, reason)
@@ -56,6 +57,8 @@ def supervisor_said(s: State, message: m.RankExited | m.GroupStarting | m.GroupG
             _new_epoch(s, g, message.group_epoch)
         if isinstance(message, m.GroupStarting):
             g.world_size = message.world_size
+            for rank in range(message.world_size):
+                g.ranks.setdefault(rank, Rank(s.now, phase_until=s.now + START_LIMIT_S))
         elif g.alive:
             _die(s, g)
 
@@ -218,7 +221,7 @@ def watch(s: State) -> None:
 def _overdue(s: State, g: Group) -> str | None:
     for number, rank in g.ranks.items():
         silence = s.now - rank.heard_at
-        if silence > DEAD_S:
+        if rank.heard and silence > DEAD_S:
             return f"rank {number} has been silent for {silence:.0f} s"
         if silence > SILENT_S:
             s.to_supervisor(m.RankSilent(g.id, number, g.epoch, silence))

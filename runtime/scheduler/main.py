@@ -18,7 +18,7 @@ from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime import messages as m
 from safelight.runtime import transport
-from safelight.runtime.errors import StartupError
+from safelight.runtime.errors import InvalidRequest, StartupError
 from safelight.runtime.scheduler import policy
 from safelight.runtime.scheduler.core import SchedulerCore
 from safelight.runtime.scheduler.events import (
@@ -88,7 +88,20 @@ class Profiler:
             request.num_inference_steps, request.guidance_scale, request.seed, request.num_outputs, request.sampler,
         )  # fmt: skip
         self._family.validate(self._spec, params)
+        _check_media(request)
         return self._family.profile(self._spec, params)
+
+
+def _check_media(request: m.GenerationRequest) -> None:
+    """Raises InvalidRequest for a format that cannot hold the frames, or a quality that is none."""
+    media, still = request.media, (m.MediaFormat.PNG, m.MediaFormat.JPEG)
+    if media.format in still and request.num_frames > 1:
+        raise InvalidRequest(
+            f"{media.format.value} holds one picture, not {request.num_frames} frames; use mp4, or ask for one frame",
+            param="format",
+        )
+    if media.quality is not None and not 0 <= media.quality <= 100:
+        raise InvalidRequest(f"quality is 0 to 100, got {media.quality}", param="quality")
 
 
 class Loop:

@@ -7,6 +7,7 @@ takes a record and a continuation that runs when the record is on disk (tokens a
 from __future__ import annotations
 
 import heapq
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from safelight.runtime.scheduler.policy import Policy
 from safelight.runtime.scheduler.records import Record
 from safelight.runtime.scheduler.slots import Attempt, SlotLedger
 
+JOB_ID = re.compile(r"[0-9A-Za-z]{26}")  # a ULID: slots and file names hold exactly that
+
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
@@ -42,6 +45,7 @@ class CoreConfig:
     profile_of: Callable[[m.GenerationRequest], JobProfile]
     max_plan_ms: float | None = None
     checkpoint_every: int = 0
+    job_id: re.Pattern[str] = JOB_ID
     keep_ended: int = 10_000  # ended jobs that clients may still ask for
 
 
@@ -49,7 +53,8 @@ class CoreConfig:
 class Rank:
     """What one rank said last."""
 
-    heard_at: float
+    heard_at: float  # or when it was started
+    heard: bool = False
     ready: m.Ready | None = None
     inventory: m.Inventory | None = None
     done: int = -1  # number of the last plan acknowledged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import math
 from functools import partial
 
 import msgspec
@@ -17,7 +17,6 @@ from safelight.runtime.scheduler.state import State
 
 LEASE_S = 10.0
 MAX_RETRY_AFTER_S = 110.0  # the OpenAI SDK gives up above 120
-_JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")  # it becomes part of file names
 
 
 def said(s: State, identity: bytes, message: m.ToScheduler) -> None:
@@ -68,8 +67,11 @@ def _submit(s: State, identity: bytes, message: m.Submit) -> m.ErrorInfo | None:
 
 
 def _new_job(s: State, message: m.Submit, body: bytes) -> Job | m.ErrorInfo:
-    if not _JOB_ID.fullmatch(message.job):
+    if not s.config.job_id.fullmatch(message.job):
         return m.ErrorInfo("invalid_request", f"job id expected as a ULID, got {message.job[:80]!r}", param="job")
+    if message.deadline_s is not None and not 0 < message.deadline_s < math.inf:
+        error = f"deadline_s expected as a positive number of seconds, got {message.deadline_s}"
+        return m.ErrorInfo("invalid_request", error, param="deadline_s")
     try:
         profile = s.config.profile_of(message.request)
     except SafelightError as error:

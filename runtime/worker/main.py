@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from safelight.runtime import logs
-from safelight.runtime.errors import ConfigError
+from safelight.runtime.errors import ConfigError, SafelightError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
@@ -55,7 +55,7 @@ def main(spec_bytes: bytes, status: Connection) -> None:
         with torch.inference_mode():
             _serve(spec, link, tell, executors)
     except Exception as error:  # the process main: whatever it is ends this group, with its reason
-        log.error("rank ends: %s", error, exc_info=log.isEnabledFor(logging.INFO))
+        log.error("rank ends: %s", error, exc_info=_is_ours(spec, error))
         failed = GroupFailed(spec.group, spec.rank, spec.group_epoch, error_info(error))
         link.send(failed)
         tell(failed)
@@ -98,6 +98,11 @@ def _serve(
     checkpoints.close()
     if not failures.empty():
         raise failures.get()
+
+
+def _is_ours(spec: WorkerSpec, error: Exception) -> bool:
+    """Whether a traceback helps: not for typed errors, nor for a collective that a dead peer broke."""
+    return not isinstance(error, SafelightError) and not (spec.world_size > 1 and isinstance(error, RuntimeError))
 
 
 def _exit_with_supervisor(status: Connection) -> None:

@@ -115,6 +115,28 @@ def test_a_stopped_control_process_is_replaced(start: Start, role: str) -> None:
     assert np.array_equal(pixels(running.terminals([job])[job]), expected)
 
 
+def test_a_worker_stopped_while_the_scheduler_restarts_is_noticed(start: Start) -> None:
+    running = start(checkpoint_every=20)
+    expected = undisturbed(running)
+    job = running.client.submit(request(num_inference_steps=STEPS))
+    running.at_step(job, 60)
+    stopped = running.kill("worker 0.0", signal.SIGSTOP)
+    running.kill("scheduler")
+    assert np.array_equal(pixels(running.terminals([job])[job]), expected)
+    assert not alive(stopped)
+
+
+def test_a_scheduler_killed_while_draining_goes_on_draining(start: Start) -> None:
+    running = start(checkpoint_every=20)
+    job = running.client.submit(request(num_inference_steps=STEPS))
+    running.at_step(job, 20)
+    running.kill("scheduler")
+    assert running.server.drain(60)
+    assert running.terminals([job], timeout_s=10)[job].status is Status.COMPLETED
+    with pytest.raises(SafelightError, match="shutting down"):
+        running.client.submit(request())
+
+
 def test_a_job_that_kills_its_worker_is_quarantined_and_its_neighbours_complete(start: Start) -> None:
     running = start(checkpoint_every=20)
     expected = undisturbed(running)

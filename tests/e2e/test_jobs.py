@@ -11,7 +11,7 @@ from running_server import Start, request
 
 from safelight.runtime import transport
 from safelight.runtime.errors import Cancelled, Conflict, InvalidRequest, TooLarge
-from safelight.runtime.messages import FromScheduler, Stage, Status, Submit
+from safelight.runtime.messages import FromScheduler, MediaFormat, MediaSpec, Stage, Status, Submit
 from safelight.runtime.ulid import new_ulid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -51,6 +51,14 @@ def test_bad_requests_are_refused_before_any_work(start: Start) -> None:
     assert bad_frames.value.param == "num_frames"
     with pytest.raises(TooLarge, match="GB"):
         running.client.submit(request(height=2048, width=2048, num_frames=4001))
+    with pytest.raises(InvalidRequest, match="one picture") as bad_format:
+        running.client.submit(request(media=MediaSpec(MediaFormat.PNG)))
+    assert bad_format.value.param == "format"
+    with pytest.raises(InvalidRequest, match="ULID") as bad_id:
+        running.client.submit(request(), job="my-job")
+    assert bad_id.value.param == "job"
+    with pytest.raises(InvalidRequest, match="deadline_s"):
+        running.client.submit(request(), deadline_s=float("nan"))
     assert running.client.status().queued == 0
 
 
@@ -74,7 +82,9 @@ def test_a_deadline_and_a_lost_lease_cancel_a_job(start: Start) -> None:
     left = new_ulid()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with transport.connect_dealer(context, running.server.endpoints.submit, FromScheduler) as channel:
-        channel.send(Submit(left, "local", request(num_inference_steps=1000, num_frames=17, height=96, width=96)))
+        channel.send(
+            Submit(left, "local", request(num_inference_steps=1000, num_frames=17, height=96, width=96, num_outputs=10))
+        )
         assert channel.socket.poll(5000)
     context.term()
     running.client.attach(left, renew=False)

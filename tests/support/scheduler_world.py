@@ -9,6 +9,7 @@ two different terminals, a client two answers.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -259,7 +260,7 @@ class World:
         self.random = random.Random(seed)
         self.config = CoreConfig(
             groups=groups, policy=policy.by_name(policy_name), slot_count=slots, slot_bytes=100, max_queue=max_queue,
-            profile_of=profile_of, checkpoint_every=checkpoint_every,
+            profile_of=profile_of, checkpoint_every=checkpoint_every, job_id=re.compile("[a-z0-9]{1,26}"),
         )  # fmt: skip
         self.now = 1000.0
         self.world_size = ranks

@@ -152,6 +152,12 @@ def test_a_deadline_cancels() -> None:
     assert world.published["a"].status == m.Status.CANCELLED
 
 
+@pytest.mark.parametrize("deadline_s", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_deadline_that_is_none_is_refused(deadline_s: float) -> None:
+    refused = ask(settled(), m.Submit("a", "me", make_request(), deadline_s=deadline_s))
+    assert (refused.error.code, refused.error.param) == ("invalid_request", "deadline_s")
+
+
 def test_cancel_drops_the_job_in_the_next_plan_and_keeps_its_memory_until_then() -> None:
     world = settled()
     world.submit("a", make_request(steps=6))

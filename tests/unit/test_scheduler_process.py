@@ -29,6 +29,7 @@ try:
 except StartupError as error:
     raise SystemExit(error.message) from None
 """
+FIRST, SECOND = "01J" + "A" * 23, "01J" + "B" * 23
 REQUEST = m.GenerationRequest(
     "a red apple", "", {"prompt": (1, 2)}, 64, 64, 1, 8, 3, 3.0, 0, 1, "unipc", m.MediaSpec(m.MediaFormat.PNG)
 )
@@ -142,23 +143,23 @@ def peers(tmp_path: Path) -> Iterator[Peers]:
 
 
 def test_a_job_runs_over_real_sockets_and_survives_a_kill_of_the_scheduler(peers: Peers) -> None:
-    peers.submit("job1")
+    peers.submit(FIRST)
     peers.until(lambda: peers.published)
     assert peers.published[0].status == m.Status.COMPLETED
     assert any(isinstance(r, m.Accepted) for r in peers.replies)
     assert any(isinstance(r, m.ControlHeartbeat) for r in peers.replies)
 
     peers.answering = False
-    peers.submit("job2")
-    peers.until(lambda: any(isinstance(op, m.Encode) and op.job == "job2" for p in peers.plans for op in p.ops))
+    peers.submit(SECOND)
+    peers.until(lambda: any(isinstance(op, m.Encode) and op.job == SECOND for p in peers.plans for op in p.ops))
     peers.stop()
     for plan in peers.plans:
         peers.done = plan.number
     peers.answering, peers.published = True, []
     peers.process = peers.start()
-    peers.until(lambda: any(p.job == "job2" for p in peers.published))
+    peers.until(lambda: any(p.job == SECOND for p in peers.published))
     # told again because output was reset, and not different
-    assert {p.job: p.status for p in peers.published} == {"job1": m.Status.COMPLETED, "job2": m.Status.COMPLETED}
+    assert {p.job: p.status for p in peers.published} == {FIRST: m.Status.COMPLETED, SECOND: m.Status.COMPLETED}
 
 
 def test_malformed_frames_are_dropped_and_refusals_name_the_parameter(peers: Peers) -> None:
@@ -166,11 +167,11 @@ def test_malformed_frames_are_dropped_and_refusals_name_the_parameter(peers: Pee
     for junk in ([b""], [b"SL1\x00junk"], [b"x" * 100, b"y"], [transport.encode(m.QueryStatus())[:-1] + b"\xff"]):
         peers.raw.send_multipart(junk)
     bad = msgspec.structs.replace(REQUEST, num_inference_steps=0)
-    peers.client.send(m.Submit("bad", "me", bad))
+    peers.client.send(m.Submit(FIRST, "me", bad))
     peers.until(lambda: any(isinstance(r, m.Refused) for r in peers.replies))
     (refused,) = [r for r in peers.replies if isinstance(r, m.Refused)]
     assert (refused.error.code, refused.error.param) == ("invalid_request", "num_inference_steps")
-    peers.submit("good")
+    peers.submit(SECOND)
     peers.until(lambda: peers.published)
 
 
