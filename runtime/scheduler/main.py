@@ -68,10 +68,19 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         stack.callback(os.close, wake_write)
         journal = Journal(Path(spec.journal), lambda: _wake(wake_write))
         stack.callback(journal.close)
+        open_jobs = {history.submit.job for history in journal.recovered.histories if history.terminal is None}
+        _sweep_checkpoints(Path(spec.checkpoint_dir), open_jobs)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
         loop = Loop(context, spec.endpoints, stack, journal, config)
         loop.run(wake_read, parent_fd)
+
+
+def _sweep_checkpoints(folder: Path, open_jobs: set[str]) -> None:
+    """Deletes the files of jobs that have ended, half-written ones too: `<job>-...` or `.<job>-...`."""
+    for path in folder.glob("*.safetensors*"):
+        if path.name.lstrip(".").partition("-")[0] not in open_jobs:
+            path.unlink(missing_ok=True)
 
 
 class Profiler:

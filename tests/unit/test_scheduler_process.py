@@ -15,7 +15,7 @@ import zmq
 
 from safelight.runtime import messages as m
 from safelight.runtime import transport
-from safelight.runtime.scheduler.main import Profiler
+from safelight.runtime.scheduler.main import Profiler, _sweep_checkpoints
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "runtime" / "models" / "builtin_model"
@@ -184,6 +184,14 @@ def test_it_ends_at_shutdown_and_when_its_parent_is_gone(peers: Peers) -> None:
     assert peers.process.stdin is not None
     peers.process.stdin.close()
     assert peers.process.wait(10) == 0
+
+
+def test_a_start_deletes_the_checkpoints_of_jobs_that_are_not_open(tmp_path: Path) -> None:
+    for name in (f"{FIRST}-0-0-20", f"{SECOND}-0-0-20"):
+        (tmp_path / f"{name}.safetensors").touch()
+        (tmp_path / f".{name}.safetensors.tmp").touch()
+    _sweep_checkpoints(tmp_path, {FIRST})
+    assert {p.name for p in tmp_path.iterdir()} == {f"{FIRST}-0-0-20.safetensors", f".{FIRST}-0-0-20.safetensors.tmp"}
 
 
 def test_a_second_scheduler_on_the_same_journal_says_so(peers: Peers) -> None:

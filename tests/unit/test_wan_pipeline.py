@@ -407,6 +407,16 @@ def test_ids_of_a_foreign_tokenizer_are_refused(
         start(pipeline, request)
 
 
+@pytest.mark.parametrize(
+    "ids", [{}, {"prompt": (1,)}, {"prompt": (), "negative": (1,)}, {"prompt": (5,) * 513, "negative": (1,)}]
+)
+def test_missing_or_too_many_ids_are_refused(
+    pipeline: WanPipeline, request_of: Callable[..., GenerationRequest], ids: dict[str, tuple[int, ...]]
+) -> None:
+    with pytest.raises(InvalidRequest, match="1 to 512 ids expected"):
+        start(pipeline, msgspec.structs.replace(request_of(), token_ids=ids))
+
+
 def test_an_unknown_sampler_is_refused(pipeline: WanPipeline, request_of: Callable[..., GenerationRequest]) -> None:
     with pytest.raises(InvalidRequest, match="unipc"):
         start(pipeline, msgspec.structs.replace(request_of(), sampler="ddim"))

@@ -12,6 +12,7 @@ from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.families.wan_costs import TEXT_TOKENS
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.umt5 import UMT5, load_umt5
 from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
@@ -82,8 +83,17 @@ class WanPipeline:
         return FAMILIES[self.spec.family].profile(self.spec, params)
 
     def encode(self, request: GenerationRequest) -> WanConditioning:
-        """The request's token ids -> embeddings. The unconditional ones only when guidance_scale > 1."""
+        """The request's token ids -> embeddings. The unconditional ones only when guidance_scale > 1.
+
+        Raises InvalidRequest when ids are missing or more than fit.
+        """
         names = ("prompt", "negative") if request.guidance_scale > 1.0 else ("prompt",)
+        for name in names:
+            count = len(request.token_ids.get(name, ()))
+            if not 0 < count <= TEXT_TOKENS:
+                raise InvalidRequest(
+                    f"token_ids[{name!r}]: 1 to {TEXT_TOKENS} ids expected, got {count}", param="token_ids"
+                )
         rows = self.text_encoder.encode([request.token_ids[name] for name in names])
         padded = [torch.nn.functional.pad(row, (0, 0, 0, TEXT_TOKENS - len(row))) for row in rows]
         positive, *negative = [row.to(self.transformer.dtype) for row in padded]
