@@ -27,6 +27,9 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, torch.Tensor], m
         temporary = folder / f"{name}-{i}.tmp"
         save_file(shard, temporary)
         temporary.replace(folder / f"{name}-{i}.safetensors")
+    for path in folder.glob(f"{name}-*.safetensors"):
+        if int(path.stem.rpartition("-")[2]) >= len(shards):
+            path.unlink()  # of an earlier checkpoint with more shards
     (folder / f"{name}.json").write_text(json.dumps(meta, indent=1))
 
 

@@ -10,7 +10,7 @@
 set -uo pipefail
 mode=$1 out=$2 sprites=$3 extra=${4:-}
 here=$(cd "$(dirname "$0")/.." && pwd)
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 PYTHONWARNINGS=ignore
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
 limit=${LIMIT:-465}
 folder=$(mktemp -d)/builtin_model
 mkdir -p "$out"
@@ -45,7 +45,7 @@ finish() { # share of the evaluation's prompts
         --threads 4 --scale "$1" --json "$out/evaluation.json"
     local status=$?
     wait "$sheets"
-    tail -n 3 "$folder.sheets"
+    grep -E "kB$|Error" "$folder.sheets"
     return "$status"
 }
 
@@ -68,7 +68,7 @@ part1)
     train_dit 15 --schedule 0 0.3 || train_dit 15 --schedule 0.1 0.3 --forms plain $(again dit) || exit 4
     ;;
 part2)
-    cp "${extra:?the folder of part 1}"/{vae,dit}* "$out/"
+    cp "${extra:?the folder of part 1}"/{vae,dit}* "$out/" && chmod u+w "$out"/*
     train_dit 90 --resume --schedule 0.3 1 || train_dit 90 --resume --schedule 0.5 1 --forms plain || exit 5
     finish "${SCALE:-1}" || exit 6
     rm -f "$out"/vae* # as in part 1

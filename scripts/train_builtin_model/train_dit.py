@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.fx.experimental import _config as fx_config
 
 from train_builtin_model.bank import LatentBank
 from train_builtin_model.checkpoint import load_checkpoint, save_checkpoint, with_prefix
@@ -110,7 +111,7 @@ class Trainer:
         return model.to(self.device)
 
     def _compile(self, on: bool) -> None:
-        torch.fx.experimental._config.use_duck_shape = False  # 64 tokens and 64 per head are no relation
+        fx_config.use_duck_shape = False  # 64 tokens and 64 per head are no relation
         for block in self.model.transformer.blocks:
             if on:
                 block.compile(dynamic=True)
@@ -160,9 +161,10 @@ class Trainer:
         return self.random.choices(list(LENGTH_SHARE), list(LENGTH_SHARE.values()))[0]
 
     def save(self, seconds: float) -> None:
-        """The averaged weights and the log."""
+        """The averaged weights, in half precision (far finer than the shipped bf16), and the log."""
         self.meta["seconds"] = self.seconds_before + seconds
-        save_checkpoint(self.args.out, "dit", self.average.weights(), self.meta)
+        weights = {name: tensor.half() for name, tensor in self.average.weights().items()}
+        save_checkpoint(self.args.out, "dit", weights, self.meta)
 
     def run(self) -> None:
         """Until the clock says stop."""

@@ -327,3 +327,68 @@ def test_a_machine_without_a_gpu_runs_the_plain_form(load: Any) -> None:
     assert runner.choose(("plain", "graph")) == "plain"
     runner(17)
     assert calls == [17]
+
+
+def test_the_fastest_form_that_is_right_runs_and_failures_are_left_out(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three stand-ins for a graph: one breaks at another shape, one computes nonsense, one is good but slow."""
+    import torch
+
+    steps = load("steps")
+    clock, state = [0.0], {"loss": 0.0, "compiled": False}
+    monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+
+    def body(seconds: float, loss: float) -> Any:
+        def run(generator: Any) -> None:
+            clock[0] += seconds
+            state["loss"] += loss
+
+        return run
+
+    plain = {1: body(0.08, 2.0), 17: body(0.09, 3.0)}
+
+    def capture(original: Any, generator: Any, pool: Any) -> Any:
+        if original is plain[17] and state["compiled"]:
+            raise RuntimeError("capture failed")
+        return body(0.01 if state["compiled"] else 0.02, 2.0)
+
+    def take_loss() -> float:
+        loss, state["loss"] = state["loss"], 0.0
+        return loss
+
+    monkeypatch.setattr(steps, "capture", capture)
+    make = lambda: steps.StepRunner(  # noqa: E731
+        plain, lambda on: state.update(compiled=on), take_loss, torch.device("cpu"), 1
+    )
+    runner = make()
+    assert runner.choose(steps.DEFAULT_FORMS) == "graph"
+    assert "capture failed" in capsys.readouterr().out
+    runner(17)
+    assert take_loss() == 2.0
+
+    monkeypatch.setattr(steps, "capture", lambda *_: body(0.001, float("nan")))
+    runner = make()
+    assert runner.choose(steps.DEFAULT_FORMS) == "plain"
+    assert "WRONG" in capsys.readouterr().out
+    runner(17)
+    assert take_loss() == 3.0
+
+
+def test_a_checkpoint_leaves_no_shard_of_an_earlier_larger_one(load: Any, tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = load("checkpoint")
+    checkpoint.SHARD_BYTES, usual = 64, checkpoint.SHARD_BYTES
+    try:
+        checkpoint.save_checkpoint(tmp_path, "dit", {str(i): torch.full((16,), 1.0) for i in range(3)}, {})
+        assert len(list(tmp_path.glob("dit-*.safetensors"))) == 3
+        checkpoint.save_checkpoint(tmp_path, "dit", {str(i): torch.full((4,), 2.0) for i in range(3)}, {"steps": 4})
+    finally:
+        checkpoint.SHARD_BYTES = usual
+    tensors, meta = checkpoint.load_checkpoint(tmp_path, "dit")
+    assert meta == {"steps": 4}
+    assert all(torch.equal(t, torch.full((4,), 2.0)) for t in tensors.values())
