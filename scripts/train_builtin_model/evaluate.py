@@ -149,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     generate = Generator(args.folder, args.steps, args.guidance, args.shift, args.batch)
     failures: list[str] = []
     scale = args.scale
-    singles = [maker.single() for _ in range(round(200 * scale))]
+    singles = [maker.single() for _ in range(max(1, round(200 * scale)))]
     right = colour = 0
     for case, clip in zip(singles, generate([c.prompt for c in singles], 1), strict=True):
         found = references.nearest(clip[0], border_colour(clip[0]))
@@ -158,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
         if not (hit and painted):
             seen = "nothing" if found is None else vocabulary.subjects[vocabulary.sprites[found].subject].noun
             failures.append(f"{case.prompt}: {seen}, {background_name(clip[0])}")
-    pairs = [maker.pair() for _ in range(round(100 * scale))]
+    pairs = [maker.pair() for _ in range(max(1, round(100 * scale)))]
     both = 0
     for case, clip in zip(pairs, generate([c.prompt for c in pairs], 1), strict=True):
         parts, background = halves(clip[0], case.kind), border_colour(clip[0])
@@ -169,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
         if not all(hits):
             failures.append(f"{case.prompt}: {hits}")
     turnable = turnable_sprites(rgba)
-    motions = [maker.motion(i, turnable) for i in range(round(100 * scale))]
+    motions = [maker.motion(i, turnable) for i in range(max(1, round(100 * scale)))]
     moved = subject = 0
     for case, clip in zip(motions, generate([c.prompt for c in motions], FRAMES), strict=True):
         kind = motion_kind(clip)

@@ -14,15 +14,21 @@ from train_builtin_model.muon import Muon
 ALIGNMENT = 64  # elements: 256 bytes in float32
 
 
-def flatten_parameters(model: nn.Module) -> torch.Tensor:
-    """Move all parameters of `model` into one vector, of which they become views. -> the vector."""
-    parameters = list(model.parameters())
+def flat_views(parameters: list[nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """-> a vector of zeros, and for each parameter a contiguous part of it in the parameter's shape."""
     offsets = [0]
     for parameter in parameters:
         offsets.append(offsets[-1] + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT)
     flat = torch.zeros(offsets[-1], device=parameters[0].device)
-    for parameter, offset in zip(parameters, offsets[:-1], strict=True):
-        view = flat[offset : offset + parameter.numel()].view(parameter.shape)
+    places = zip(parameters, offsets[:-1], strict=True)
+    return flat, [flat[offset : offset + p.numel()].view(p.shape) for p, offset in places]
+
+
+def flatten_parameters(model: nn.Module) -> torch.Tensor:
+    """Move all parameters of `model` into one vector, of which they become views. -> the vector."""
+    parameters = list(model.parameters())
+    flat, views = flat_views(parameters)
+    for parameter, view in zip(parameters, views, strict=True):
         view.copy_(parameter.data)
         parameter.data = view
     return flat
@@ -40,6 +46,7 @@ class Updater:
     ) -> None:  # fmt: skip
         self.flat, self.flat_average = flatten_parameters(model), flatten_parameters(average)
         self.parameters, self.others = [*matrices, *others], others
+        _, self.gradients = flat_views(self.parameters)  # laid out as the weights are, which a fused AdamW needs
         device = self.flat.device
         self.adam_rate, self.muon_rate, self.average_weight = (torch.zeros((), device=device) for _ in range(3))
         self.rates = (adam_rate, muon_rate)
@@ -55,10 +62,14 @@ class Updater:
         self.average_weight.fill_(average_weight)
 
     def step(self, loss: torch.Tensor) -> None:
-        """Differentiate and update. Gradients are dropped again, so a graph keeps nothing but the weights."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        """Differentiate and update. Nothing of a step outlives it but the weights, moments and last gradients."""
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        used = [
+            (place, gradient) for place, gradient in zip(self.gradients, found, strict=True) if gradient is not None
+        ]
+        torch._foreach_copy_([place for place, _ in used], [gradient for _, gradient in used])
+        for parameter, place, gradient in zip(self.parameters, self.gradients, found, strict=True):
+            parameter.grad = None if gradient is None else place
         torch.nn.utils.clip_grad_norm_(self.others, 1.0)
         self.adam.step()
         self.muon.step()

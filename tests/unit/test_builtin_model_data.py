@@ -392,3 +392,28 @@ def test_a_checkpoint_leaves_no_shard_of_an_earlier_larger_one(load: Any, tmp_pa
     tensors, meta = checkpoint.load_checkpoint(tmp_path, "dit")
     assert meta == {"steps": 4}
     assert all(torch.equal(t, torch.full((4,), 2.0)) for t in tensors.values())
+
+
+def test_a_step_of_the_autoencoder_equals_a_textbook_step_whatever_the_layout_of_gradients(load: Any) -> None:
+    import torch
+
+    torch.manual_seed(2)
+    train, models, clip_vae = load("train_vae"), load("models"), load("clip_vae")
+    vae, video = models.make_vae(), torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    plain = copy.deepcopy(vae)
+
+    def loss(model: Any) -> Any:
+        form = clip_vae.ClipVae(model, fuse=False)
+        return sum(train.reconstruction_loss(form.decode(form.encode(v)[0]), v) for v in (video, video[:, :, :1]))
+
+    filters, others = train.split_parameters(vae)
+    updater = load("update").Updater(vae, copy.deepcopy(vae), filters, others, 1e-3, 1e-2)
+    updater.schedule(1.0, 0.1)
+    updater.step(loss(vae))
+    assert all(place.stride() == p.stride() for place, p in zip(updater.gradients, updater.parameters, strict=True))
+    _, others = train.split_parameters(plain)
+    loss(plain).backward()
+    torch.nn.utils.clip_grad_norm_(others, 1.0)
+    torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0).step()
+    for new, wanted in zip(updater.others, others, strict=True):
+        assert torch.allclose(new, wanted, atol=2e-5)
