@@ -73,7 +73,7 @@ def wait_gone(pids: set[int], timeout_s: float = 10.0) -> set[int]:
 
 
 def test_the_first_command_makes_a_picture_with_the_built_in_model(tmp_path: Path) -> None:
-    ended = generate("--prompt", "a red apple on a blue background", "--seed", "3", "--output-path", str(tmp_path))
+    ended = generate("--prompt", "a red apple on a blue background", "--seed", "4", "--output-path", str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert "Fatal" not in ended.stderr
     path = Path(ended.stdout.splitlines()[-1])
