@@ -243,7 +243,7 @@ def test_no_operation_of_a_step_reads_a_value_back(load: Any, denoiser: Any) -> 
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Refuse(TorchDispatchMode):
+    class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             assert not re.search("_local_scalar|nonzero|masked_select|unique|is_nonzero", str(func)), func
             return func(*args, **(kwargs or {}))
@@ -251,14 +251,14 @@ def test_no_operation_of_a_step_reads_a_value_back(load: Any, denoiser: Any) -> 
     train, ring = load("train_dit"), _batch(load)
     updater = load("update").Updater(denoiser, copy.deepcopy(denoiser), *train.split_parameters(denoiser), 1e-3, 1e-2)
     generator = torch.Generator().manual_seed(0)
-    with pytest.raises(AssertionError, match="_local_scalar"), Refuse():
+    with pytest.raises(AssertionError, match="_local_scalar"), Refuse():  # type: ignore[no-untyped-call]
         float(torch.ones(1))
-    with Refuse():
+    with Refuse():  # type: ignore[no-untyped-call]
         loss = train.flow_loss(denoiser, *ring.batch(2, generator), generator)
         gradients = torch.autograd.grad(loss, updater.parameters)
     for parameter, gradient in zip(updater.parameters, gradients, strict=True):
         parameter.grad = gradient
-    with Refuse():
+    with Refuse():  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(updater.others, 1.0)
         updater.muon.step()
         updater.flat_average.lerp_(updater.flat, updater.average_weight)
@@ -364,14 +364,14 @@ def test_the_fastest_form_that_is_right_runs_and_failures_are_left_out(
     make = lambda: steps.StepRunner(  # noqa: E731
         plain, lambda on: state.update(compiled=on), take_loss, torch.device("cpu"), 1
     )
-    runner = make()
+    runner = make()  # type: ignore[no-untyped-call]
     assert runner.choose(steps.DEFAULT_FORMS) == "graph"
     assert "capture failed" in capsys.readouterr().out
     runner(17)
     assert take_loss() == 2.0
 
     monkeypatch.setattr(steps, "capture", lambda *_: body(0.001, float("nan")))
-    runner = make()
+    runner = make()  # type: ignore[no-untyped-call]
     assert runner.choose(steps.DEFAULT_FORMS) == "plain"
     assert "WRONG" in capsys.readouterr().out
     runner(17)
