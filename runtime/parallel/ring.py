@@ -24,18 +24,19 @@ def ring_attention(
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     kv = torch.stack((k, v))
-    out, lse = q.new_zeros(q.shape, dtype=torch.float32), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    merged: tuple[Tensor, Tensor] | None = None
     for turn in range(size):
         following, works = kv, []
         if turn + 1 < size:
             following = kv.new_empty((2, kv.shape[1], chunks[(rank - turn - 1) % size], *kv.shape[3:]))
             works = _pass_on(kv, following, group)
         if kv.numel():
-            out, lse = merge(out, lse, *attention_lse(q, kv[0], kv[1]))
+            out, lse = attention_lse(q, kv[0], kv[1])
+            merged = (out.float(), lse) if merged is None else merge(*merged, out, lse)
         for work in works:
             work.wait()
         kv = following
-    return out.to(q.dtype)
+    return torch.zeros_like(q) if merged is None else merged[0].to(q.dtype)
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,12 +41,17 @@ def gather_tokens(x: Tensor, length: int, *, group: dist.ProcessGroup | None) ->
     world, rest = dist.get_world_size(group), x.shape[2:]
     sizes = split_sizes(length, world)
     row = x.shape[0] * rest.numel()
-    received = _exchange(x.reshape(-1).repeat(world), [x.numel()] * world, [row * n for n in sizes], group)
-    return torch.cat([p.view(x.shape[0], n, *rest) for p, n in zip(received, sizes, strict=True)], dim=1)
+    incoming = [row * n for n in sizes]
+    received = _exchange(x.reshape(-1).repeat(world), [x.numel()] * world, incoming, group)
+    parts = zip(torch.split(received, incoming), sizes, strict=True)
+    return torch.cat([p.view(x.shape[0], n, *rest) for p, n in parts], dim=1)
 
 
 def tokens_to_heads(tensors: tuple[Tensor, ...], length: int, *, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """Each (B, S/u, H, D) -> (B, S, H/u, D), S = `length`, in one all-to-all. Inverse: `heads_to_tokens`."""
+    """Each (B, S/u, H, D) -> (B, S, H/u, D), S = `length`, in one all-to-all. Inverse: `heads_to_tokens`.
+
+    Messages have tokens outermost, so that what comes is not copied: the results are views with dense last two dims.
+    """
     if group is None:
         return tensors
     world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -54,32 +59,57 @@ def tokens_to_heads(tensors: tuple[Tensor, ...], length: int, *, group: dist.Pro
     tokens, head_sizes = split_sizes(length, world), split_sizes(heads, world)
     if share != tokens[rank]:
         raise ValueError(f"rank {rank} holds {share} tokens, its share of {length} is {tokens[rank]}")
-    starts = _offsets(head_sizes)
     per_head, mine = len(tensors) * batch * dim, head_sizes[rank]
-    send = torch.cat([t[:, :, a:b].reshape(-1) for a, b in pairwise(starts) for t in tensors])
-    received = _exchange(send, [per_head * share * n for n in head_sizes], [per_head * n * mine for n in tokens], group)
-    parts = [p.view(len(tensors), batch, n, mine, dim) for p, n in zip(received, tokens, strict=True)]
-    return torch.cat(parts, dim=2).unbind(0)
+    outgoing = [per_head * share * n for n in head_sizes]
+    send = tensors[0].new_empty(sum(outgoing))
+    if heads % world == 0:
+        packed, *wide = _words(send.view(world, share, batch, len(tensors), mine, dim), *tensors)
+        for i, t in enumerate(wide):
+            packed[:, :, :, i] = torch.unflatten(t, 2, (world, mine)).permute(2, 1, 0, 3, 4)
+    else:
+        for block, (a, b) in zip(torch.split(send, outgoing), pairwise(_offsets(head_sizes)), strict=True):
+            for i, t in enumerate(tensors):
+                block.view(share, batch, len(tensors), b - a, dim)[:, :, i] = t[:, :, a:b].transpose(0, 1)
+    received = _exchange(send, outgoing, [per_head * n * mine for n in tokens], group)
+    return tuple(t.transpose(0, 1) for t in received.view(length, batch, len(tensors), mine, dim).unbind(2))
 
 
 def heads_to_tokens(x: Tensor, heads: int, *, group: dist.ProcessGroup | None) -> Tensor:
-    """(B, S, H/u, D) -> (B, S/u, H, D), H = `heads`, in one all-to-all. Inverse: `tokens_to_heads`."""
+    """(B, S, H/u, D) -> (B, S/u, H, D), H = `heads`, in one all-to-all. Inverse: `tokens_to_heads`.
+
+    `x` with tokens outermost in memory, as attention leaves what `tokens_to_heads` gave it, is sent without a copy.
+    """
     if group is None:
         return x
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     batch, length, mine, dim = x.shape
     tokens, head_sizes = split_sizes(length, world), split_sizes(heads, world)
-    starts, share = _offsets(tokens), tokens[rank]
-    send = torch.cat([x[:, a:b].reshape(-1) for a, b in pairwise(starts)])
-    received = _exchange(
-        send, [batch * dim * n * mine for n in tokens], [batch * dim * share * n for n in head_sizes], group
-    )
-    parts = [p.view(batch, share, n, dim) for p, n in zip(received, head_sizes, strict=True)]
-    return torch.cat(parts, dim=2)
+    share = tokens[rank]
+    outgoing, incoming = ([batch * dim * n * mine for n in tokens], [batch * dim * share * n for n in head_sizes])
+    received = _exchange(x.transpose(0, 1).contiguous().view(-1), outgoing, incoming, group)
+    out = x.new_empty(batch, share, heads, dim)
+    if heads % world == 0:
+        parts, whole = _words(received.view(world, share, batch, mine, dim), out)
+        torch.unflatten(whole, 2, (world, mine)).copy_(parts.permute(2, 1, 0, 3, 4))
+    else:
+        for part, (a, b) in zip(torch.split(received, incoming), pairwise(_offsets(head_sizes)), strict=True):
+            out[:, :, a:b] = part.view(share, batch, b - a, dim).transpose(0, 1)
+    return out
 
 
-def _exchange(send: Tensor, outgoing: list[int], incoming: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Flat all-to-all: block r of `send` goes to rank r; returns the blocks that came, by rank."""
+def _words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same memory in elements of 8 bytes if all of it fits: a GPU copies strided tensors element by element."""
+    fits = all(_fits_words(t) for t in tensors)
+    return tuple(t.view(torch.int64) for t in tensors) if fits else tensors
+
+
+def _fits_words(x: Tensor) -> bool:
+    places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and all(n * x.element_size() % 8 == 0 for n in places)
+
+
+def _exchange(send: Tensor, outgoing: list[int], incoming: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Flat all-to-all: block r of `send` goes to rank r; returns the blocks that came, in order of rank."""
     received = send.new_empty(sum(incoming))
     dist.all_to_all_single(received, send, incoming, outgoing, group=group)
-    return list(torch.split(received, incoming))
+    return received
