@@ -38,7 +38,7 @@ def _op_name(q: Tensor, k: Tensor) -> str | None:
         return None
     if q.dtype not in _HALF:
         return "efficient" if q.dtype == torch.float32 else None
-    if q.shape[-1] <= 128 and _capability(q.device) >= _HOPPER:
+    if q.shape[-1] <= 128 and k.shape[1] > 1 and _capability(q.device) >= _HOPPER:  # cuDNN takes no single key
         return "cudnn"
     return "flash" if q.shape[-1] <= 256 and _capability(q.device) >= (8, 0) else "efficient"
 

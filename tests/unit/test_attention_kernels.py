@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from safelight.kernels import fused_attention
 from safelight.kernels.dispatch import reference_kernels, select_kernels
 from safelight.kernels.reference.attention import attention_lse
 from safelight.runtime.errors import ConfigError
@@ -42,6 +44,28 @@ def test_empty_inputs_are_defined(shape: tuple[int, int, int, int, int]) -> None
     out, lse = reference_kernels().attention_lse(q, k, v)
     assert torch.equal(out, torch.zeros_like(q))
     assert torch.equal(lse, torch.full(q.shape[:3], -math.inf))
+
+
+@pytest.mark.parametrize(
+    ("keys", "dim", "dtype", "capability", "expected"),
+    [
+        (2, 128, torch.bfloat16, (9, 0), "cudnn"),
+        (1, 128, torch.bfloat16, (9, 0), "flash"),  # cuDNN takes no single key
+        (2, 128, torch.bfloat16, (8, 0), "flash"),
+        (2, 160, torch.bfloat16, (9, 0), "flash"),
+        (2, 128, torch.float16, (7, 5), "efficient"),
+        (2, 128, torch.float32, (9, 0), "efficient"),
+        (2, 12, torch.bfloat16, (9, 0), None),
+    ],
+)
+def test_the_fastest_op_that_takes_the_inputs_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    keys: int, dim: int, dtype: torch.dtype, capability: tuple[int, int], expected: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fused_attention, "_capability", lambda device: capability)
+    with FakeTensorMode():
+        q, k = (torch.empty(1, n, 2, dim, dtype=dtype, device="cuda") for n in (5, keys))
+    assert fused_attention._op_name(q, k) == expected
 
 
 def test_flash_attn_is_refused_where_it_cannot_run() -> None:
