@@ -25,6 +25,8 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from parallel_plan import Case, Settings, run_rank
+
 from safelight.configs.parallel import Degrees, WantedDegrees, choose_degrees
 from safelight.configs.parallel_costs import H200, predict
 
@@ -60,10 +62,8 @@ def layouts_of(ranks: int) -> list[str]:
     return [short(d) for d in sorted(wanted.layouts(), key=lambda d: d != chosen)]
 
 
-def cases_of(args: argparse.Namespace, ranks: int) -> list[Any]:
+def cases_of(args: argparse.Namespace, ranks: int) -> list[Case]:
     """What to measure, by importance; the dearest steps last."""
-    from parallel_ranks import Case
-
     layouts = args.layouts or layouts_of(ranks)
     steps = {
         (model, size): [Case("step", model, size, layout) for layout in ["1x1x1", *layouts]]
@@ -89,10 +89,10 @@ class Report:
 
     def __init__(self, ranks: int) -> None:
         self.facts: dict[str, Any] = {"commit": commit(), "gpus": ranks}
-        self.results: list[tuple[Any, dict[str, Any]]] = []
+        self.results: list[tuple[Case, dict[str, Any]]] = []
         self.alone: dict[tuple[str, str, str], float] = {}
 
-    def add(self, case: Any, result: dict[str, Any]) -> None:
+    def add(self, case: Case, result: dict[str, Any]) -> None:
         if case.layout == "1x1x1" and "ms" in result:
             self.alone[case.part, case.model, case.size] = result["ms"]
         alone = self.alone.get((case.part, case.model, case.size))
@@ -127,17 +127,15 @@ class Report:
             print("| " + " | ".join(cells) + " |")
 
 
-def run_group(cases: list[tuple[int, Any]], ranks: int, settings: Any, report: Report) -> list[tuple[int, Any]]:
+def run_group(cases: list[tuple[int, Case]], ranks: int, settings: Settings, report: Report) -> list[tuple[int, Case]]:
     """Starts the ranks, which run the cases in order, and reports what comes; returns the cases that are left when the
     ranks ended before them. At least the first is done or given up."""
-    from parallel_ranks import main as rank_main
-
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     left, running = dict(cases), None
     with tempfile.TemporaryDirectory() as folder:
         started: list[BaseProcess] = [
-            context.Process(target=rank_main, args=(rank, ranks, folder, cases, settings, sender))
+            context.Process(target=run_rank, args=(rank, ranks, folder, cases, settings, sender))
             for rank in range(ranks)
         ]
         for process in started:
@@ -209,8 +207,6 @@ def main() -> int:
         predicted()
         return 0
     until = time.time() + args.budget_s
-    from parallel_ranks import Settings
-
     ranks = args.ranks or _devices(args.device)
     if args.tiny:
         args.models, args.sizes, args.frames, args.vae_frames = args.models[:1], ["tiny"], 5, 5

@@ -21,7 +21,8 @@ from parallel_models import (
     wan_config,
     wan_vae,
 )
-from parallel_ranks import Case, World
+from parallel_plan import Case
+from parallel_ranks import World
 from torch import Tensor
 
 from safelight.configs.parallel import Degrees
@@ -176,8 +177,8 @@ def vae(world: World, case: Case) -> dict[str, Any]:
     difference = (pictures["alone"].int() - pictures["shared"].int()).abs()
     worst = world.peers.exchange([int(difference.max()), float(difference.float().mean())])
     found |= {"largest_difference": max(w[0] for w in worst), "mean_difference": max(w[1] for w in worst)}
-    found["values"] = [int(pictures["alone"].min()), int(pictures["alone"].max())]
-    return found | {"trace": world.trace(decode)}
+    unclipped = (pictures["alone"] > 0) & (pictures["alone"] < 255)
+    return found | {"unclipped": round(float(unclipped.float().mean()), 3), "trace": world.trace(decode)}
 
 
 def _decode(vae: WanVae, latents: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from parallel_ranks import Case, World
+    from parallel_plan import Case
+    from parallel_ranks import World
 
 TOKENS, WIDTH, BRANCHES, ITEM_BYTES = 32760, 1536, 2, 2  # Wan 1.3B at 832x480, 81 frames, bfloat16
 BACK_TO_BACK = 10

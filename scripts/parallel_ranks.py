@@ -21,6 +21,7 @@ from typing import Any
 import parallel_trace
 import torch
 import torch.distributed as dist
+from parallel_plan import Case, Settings
 
 from safelight.configs.parallel import Degrees
 from safelight.kernels.dispatch import KernelSet, select_kernels
@@ -29,37 +30,6 @@ from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 POLL_S = 0.002
 STOPPED = "stopped"
 FAILED_S = 10.0  # a failed rank waits so long for the others, which may hang in a collective
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """`part`: check, step, links, diffusers or vae; the others where they matter. `layout`: cfg x ring x ulysses."""
-
-    part: str
-    model: str = ""
-    size: str = ""
-    layout: str = ""
-
-    @property
-    def degrees(self) -> Degrees:
-        return Degrees(*map(int, self.layout.split("x")))
-
-    def __str__(self) -> str:
-        return " ".join(part for part in (self.part, self.model, self.size, self.layout) if part)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """`until`: of the wall clock, when everything must have ended; `case_s`: the most that one case may take."""
-
-    device: str
-    tiny: bool
-    frames: int
-    vae_frames: int
-    reps: int
-    reps_s: float
-    case_s: float
-    until: float
 
 
 class Stopped(Exception):
