@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from train_builtin_model.clip_vae import ClipVae
 from train_builtin_model.compose import RESOLUTION, Compositor
-from train_builtin_model.loader import CAPTION_TOKENS, Block
+from train_builtin_model.loader import CAPTION_TOKENS, MENTIONS, Block
 from train_builtin_model.models import LATENT_CHANNELS
 
 FRAME_RATIO = 4  # frames to a latent frame, after the first
@@ -44,18 +45,31 @@ class Ring:
         return (torch.rand(count, device=self.device, generator=generator) * self.rows).long()
 
 
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """latents (n, C, T, 16, 16) float32, ids (n, 31) int64; spans and places as in loader.Block."""
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+    spans: torch.Tensor
+    places: torch.Tensor
+
+
 class LatentRing(Ring):
-    """Latents and caption ids of one clip length."""
+    """Latents, captions and mentions of one clip length."""
 
     def __init__(self, capacity: int, latent_frames: int, device: torch.device) -> None:
         shape = (capacity, LATENT_CHANNELS, latent_frames, 16, 16)
         latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        super().__init__([latents, torch.zeros((capacity, CAPTION_TOKENS), dtype=torch.int16, device=device)])
+        ids = torch.zeros((capacity, CAPTION_TOKENS), dtype=torch.int16, device=device)
+        spans = torch.zeros((capacity, MENTIONS, 2), dtype=torch.int8, device=device)
+        super().__init__([latents, ids, spans, torch.zeros((capacity, MENTIONS, 6), device=device)])
 
-    def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> latents (count, C, T, 16, 16) float32, ids (count, 31) int64."""
+    def batch(self, count: int, generator: torch.Generator) -> Examples:
+        """`count` rows."""
         rows = self.draw(count, generator)
-        return self.columns[0][rows].float(), self.columns[1][rows].long()
+        latents, ids, spans, places = (column[rows] for column in self.columns)
+        return Examples(latents.float(), ids.long(), spans.long(), places)
 
 
 class PixelRing(Ring):
@@ -128,7 +142,8 @@ class LatentBank(Bank):
         """Encode, normalise, keep with the caption."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             mean, _ = self.clip_vae.encode(video)
-        self.rings[block.frames].add((mean - self.mean) / self.std, block.ids.to(self.device, non_blocking=True))
+        labels = (tensor.to(self.device, non_blocking=True) for tensor in (block.ids, block.spans, block.places))
+        self.rings[block.frames].add((mean - self.mean) / self.std, *labels)
 
 
 class PixelBank(Bank):

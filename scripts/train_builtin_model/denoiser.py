@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 from transformers import UMT5EncoderModel
 
-from train_builtin_model.models import TEXT_LENGTH
+from train_builtin_model.models import TEXT_LENGTH, TEXT_WIDTH
 
 END_ID = 1
 
@@ -76,11 +76,17 @@ def text_block(block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> to
 
 
 class Denoiser(nn.Module):
-    """Text ids and noisy latents in, predicted velocity (noise - data) out."""
+    """Text ids and noisy latents in, predicted velocity (noise - data) out.
+
+    `layout_head` reads from the encoded words of a noun phrase where its object is. It is not shipped: it makes the
+    text encoder say so. Without it, "a above b" and "b above a" stayed a coin's toss for 25,000 steps, because the
+    velocity's error hardly depends on which of two small pictures is where.
+    """
 
     def __init__(self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.text_encoder, self.transformer = text_encoder, transformer
+        self.layout_head = nn.Linear(TEXT_WIDTH, 6)
 
     def use_training_attention(self, caption_tokens: int) -> None:
         """Swap the attention processors; the parameters stay those of the published classes."""
@@ -89,13 +95,15 @@ class Denoiser(nn.Module):
             block.attn2.processor = TrainingAttention(TEXT_LENGTH - caption_tokens)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The state without the second name of the tied embedding."""
-        return {k: v for k, v in self.state_dict().items() if not k.endswith("encoder.embed_tokens.weight")}
+        """The state without the second name of the tied embedding and without what is only trained with."""
+        left_out = ("text_encoder.encoder.embed_tokens.weight", "layout_head.weight", "layout_head.bias")
+        return {k: v for k, v in self.state_dict().items() if k not in left_out}
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """The inverse of `weights`."""
+        """The inverse of `weights`; the layout head stays as it is."""
         tied = weights["text_encoder.shared.weight"]
-        self.load_state_dict({**weights, "text_encoder.encoder.embed_tokens.weight": tied})
+        head = {f"layout_head.{name}": tensor for name, tensor in self.layout_head.state_dict().items()}
+        self.load_state_dict({**weights, **head, "text_encoder.encoder.embed_tokens.weight": tied})
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: (B, L), zero padded -> (B, L + 1, E): zero past a caption's end; the last row is the padding.
@@ -109,12 +117,14 @@ class Denoiser(nn.Module):
         hidden = rms_norm(hidden, self.text_encoder.encoder.final_layer_norm)
         return F.pad(hidden * mask[..., None], (0, 0, 0, 1))
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """latents: (B, C, T, h, w), sigma: (B,) in [0, 1], ids: (B, L) -> (B, C, T, h, w)."""
+    def forward(
+        self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """latents: (B, C, T, h, w), sigma: (B,) in [0, 1], ids: (B, L) -> (B, C, T, h, w), layout (B, L, 6)."""
         text = self.encode_text(ids)
         out = self.transformer(latents, sigma * 1000.0, text, return_dict=False)[0]
         assert isinstance(out, torch.Tensor)
-        return out
+        return out, self.layout_head(text[:, :-1])
 
 
 def drop_captions(ids: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
@@ -122,6 +132,17 @@ def drop_captions(ids: torch.Tensor, share: float, generator: torch.Generator) -
     empty = torch.zeros_like(ids)
     empty[:, 0] = END_ID
     return torch.where(torch.rand(ids.shape[0], 1, device=ids.device, generator=generator) < share, empty, ids)
+
+
+def layout_loss(layout: torch.Tensor, ids: torch.Tensor, spans: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the words of all mentions; none of a dropped caption.
+
+    layout: (B, L, 6), ids: (B, L), spans: (B, M, 2), places: (B, M, 6) as in loader.Block.
+    """
+    position = torch.arange(ids.shape[1], device=ids.device)
+    inside = (position >= spans[..., :1]) & (position < spans[..., 1:]) & (ids > END_ID)[:, None]  # (B, M, L)
+    error = (layout.float()[:, None] - places[:, :, None]).square().mean(-1)
+    return (error * inside).sum() / inside.sum().clamp_min(1)
 
 
 def draw_sigma(count: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:

@@ -55,6 +55,22 @@ def make_scheduler() -> UniPCMultistepScheduler:
 
 
 @torch.no_grad()
+def initialise_text_encoder(model: UMT5EncoderModel) -> None:
+    """Two heads of every layer begin by looking to the left, two to the right.
+
+    With the usual start, near zero, a noun has the same words around it whichever side of "above" it stands on, and
+    no gradient says otherwise: after 350 steps on pairs alone the order was still told by chance, with this start
+    always right after 100.
+    """
+    for block in model.encoder.block:
+        bias = block.layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
+        right = bias.shape[0] // 2  # from here on the key stands to the right of the query
+        for head in range(0, 4, 2):
+            bias[right:, head] -= 4.0
+            bias[:right, head + 1] -= 4.0
+
+
+@torch.no_grad()
 def initialise_transformer(model: WanTransformer3DModel) -> None:
     """Start values that spare the first minutes of training.
 

@@ -30,13 +30,17 @@ Object = tuple[int, tuple[float, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """objects: (sprite, ten numbers) each; background: its name; kind: what an evaluation may check."""
+    """objects: (sprite, ten numbers) each; background: its name; kind: what an evaluation may check.
+
+    mentions: the noun phrases that name one object each, in the caption's order, with the object's number.
+    """
 
     caption: str
     objects: tuple[Object, ...]
     background: str
     kind: str
     background_named: bool
+    mentions: tuple[tuple[str, int], ...] = ()
 
 
 def _still(x: float, y: float, size: float) -> tuple[float, ...]:
@@ -89,11 +93,14 @@ class SceneMaker:
             return "white"
         return self.rng.choice(choices)
 
-    def _finish(self, core: str, objects: list[Object], kind: str, video: bool) -> Scene:
+    def _finish(
+        self, core: str, objects: list[Object], kind: str, video: bool, mentions: tuple[str, ...] = ()
+    ) -> Scene:
         named = self.rng.random() < 0.65
         colour = self.background([sprite for sprite, _ in objects], named)
         caption = captions.sentence(self.rng, core, colour if named else None, video=video)
-        return Scene(caption, tuple(objects), colour, kind, named)
+        numbered = tuple((phrase, index) for index, phrase in enumerate(mentions))
+        return Scene(caption, tuple(objects), colour, kind, named, numbered)
 
     def jitter(self, value: float, spread: float = 4.0) -> float:
         """value, moved evenly by at most `spread`."""
@@ -112,12 +119,13 @@ class SceneMaker:
             pixels = rng.uniform(104, 116)
         else:
             pixels = rng.uniform(48, 56) if place and place != "center" else rng.uniform(70, 88)
-        core = self.phrase(sprite, size)
+        core = phrase = self.phrase(sprite, size)
         if place:
             core += " " + rng.choice(captions.PLACES[place])
         if video and rng.random() < 0.5:
             core = f"{core} {rng.choice(captions.STILL)}".strip()
-        return self._finish(core, [(sprite, _still(self.jitter(x, 3), self.jitter(y, 3), pixels))], "single", video)
+        where = _still(self.jitter(x, 3), self.jitter(y, 3), pixels)
+        return self._finish(core, [(sprite, where)], "single", video, (phrase,))
 
     def counted(self, video: bool = False) -> Scene:
         """Two, three or four of one subject."""
@@ -135,7 +143,8 @@ class SceneMaker:
         """Two subjects, beside or above each other."""
         rng, a, b = self.rng, self.sprite(), self.sprite()
         relation = rng.choice(list(captions.RELATIONS))
-        core = rng.choice(captions.RELATIONS[relation]).format(a=self.phrase(a), b=self.phrase(b))
+        first_phrase, second_phrase = self.phrase(a), self.phrase(b)
+        core = rng.choice(captions.RELATIONS[relation]).format(a=first_phrase, b=second_phrase)
         near, far = (33.0, 95.0)
         first = near if relation in ("a left of b", "a above b") else far
         pixels, drift = rng.uniform(48, 56), rng.uniform(-5, 5)
@@ -144,19 +153,20 @@ class SceneMaker:
             along = self.jitter(along, 2)
             x, y = (64 + drift, along) if "above" in relation or "below" in relation else (along, 64 + drift)
             objects.append((sprite, _still(x, y, pixels)))
-        return self._finish(core, objects, relation, video)
+        return self._finish(core, objects, relation, video, (first_phrase, second_phrase))
 
     def moving(self, frames: int) -> Scene:
         """One subject with one kind of motion; shorter clips move less far."""
         rng, sprite = self.rng, self.sprite()
         kind = rng.choice(list(captions.MOTIONS))
         reach = 0.4 + 0.6 * (frames - 1) / 16
-        core = f"{self.phrase(sprite)} {rng.choice(captions.MOTIONS[kind])}"
-        return self._finish(core, [(sprite, motion_path(rng, kind, reach, frames))], f"motion {kind}", True)
+        phrase = self.phrase(sprite)
+        core = f"{phrase} {rng.choice(captions.MOTIONS[kind])}"
+        return self._finish(core, [(sprite, motion_path(rng, kind, reach, frames))], f"motion {kind}", True, (phrase,))
 
     def image(self) -> Scene:
-        """A scene for one frame: at first four of five with one subject, from half time on 54 %, and 34 % pairs."""
-        draw, single = self.rng.random(), 0.80 - 0.26 * min(1.0, 2.0 * self.progress)
+        """A scene for one frame: at first four of five with one subject, from half time on 46 %, and 40 % pairs."""
+        draw, single = self.rng.random(), 0.80 - 0.34 * min(1.0, 2.0 * self.progress)
         if draw < single:
             return self.single()
         return self.pair() if draw < single + 0.74 * (1 - single) else self.counted()

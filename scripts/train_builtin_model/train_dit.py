@@ -20,21 +20,28 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as fx_config
 
-from train_builtin_model.bank import LatentBank
+from train_builtin_model.bank import Examples, LatentBank
 from train_builtin_model.checkpoint import load_checkpoint, save_checkpoint, with_prefix
 from train_builtin_model.clip_vae import ClipVae
 from train_builtin_model.compose import Compositor
-from train_builtin_model.denoiser import Denoiser, draw_sigma, drop_captions
+from train_builtin_model.denoiser import Denoiser, draw_sigma, drop_captions, layout_loss
 from train_builtin_model.loader import CAPTION_TOKENS, SceneBlocks, start_loader
-from train_builtin_model.models import initialise_transformer, make_text_encoder, make_transformer, make_vae
+from train_builtin_model.models import (
+    initialise_text_encoder,
+    initialise_transformer,
+    make_text_encoder,
+    make_transformer,
+    make_vae,
+)
 from train_builtin_model.steps import DEFAULT_FORMS, FORMS, Body, StepRunner
 from train_builtin_model.tokenizer import build_tokenizer
-from train_builtin_model.update import Updater
+from train_builtin_model.update import Updater, check_finite
 from train_builtin_model.vocab import load_vocabulary
 
 ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 1.5e-3, 0.012, 300
 EMA = 0.999
 CAPTION_DROPOUT = 0.1
+LAYOUT_WEIGHT = 0.1
 LENGTH_SHARE = {17: 0.79, 13: 0.07, 9: 0.07, 5: 0.07}
 SMALL_CAPACITY = {1: 6000, 17: 200, 13: 30, 9: 30, 5: 30}
 CAPACITY = {1: 300_000, 17: 40_000, 13: 6_000, 9: 6_000, 5: 6_000}
@@ -56,13 +63,16 @@ def split_parameters(model: Denoiser) -> tuple[list[nn.Parameter], list[nn.Param
     return matrices, others
 
 
-def flow_loss(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rectified flow: mean squared error of the velocity noise - data, at a random noise level per sample."""
+def losses(model: Denoiser, batch: Examples, generator: torch.Generator) -> torch.Tensor:
+    """-> (2,): mean squared error of the velocity noise - data (rectified flow), at a random noise level per sample;
+    that of the objects' places."""
+    latents = batch.latents
     sigma = draw_sigma(latents.shape[0], latents.device, generator)
     noise = torch.randn(latents.shape, device=latents.device, generator=generator)
-    level = sigma.view(-1, 1, 1, 1, 1)
-    velocity = model((1 - level) * latents + level * noise, sigma, drop_captions(ids, CAPTION_DROPOUT, generator))
-    return (velocity.float() - (noise - latents)).square().mean()
+    level, ids = sigma.view(-1, 1, 1, 1, 1), drop_captions(batch.ids, CAPTION_DROPOUT, generator)
+    velocity, layout = model((1 - level) * latents + level * noise, sigma, ids)
+    flow = (velocity.float() - (noise - latents)).square().mean()
+    return torch.stack([flow, layout_loss(layout, ids, batch.spans, batch.places)])
 
 
 class Trainer:
@@ -95,7 +105,7 @@ class Trainer:
         if args.adam_only:
             matrices, others = [], others + matrices
         self.update = Updater(self.model, self.average, matrices, others, args.adam_rate, MUON_RATE)
-        self.losses = torch.zeros(2, 2, device=self.device)  # images, clips: sum of losses, steps
+        self.losses = torch.zeros(2, 3, device=self.device)  # images, clips: sums of both losses, steps
         self.runner = StepRunner(
             {frames: self._body(frames) for frames in capacity}, self._compile, self.take_loss, self.device, seed
         )
@@ -105,6 +115,7 @@ class Trainer:
         model = Denoiser(make_text_encoder(len(build_tokenizer(load_vocabulary()))), make_transformer())
         self.meta: dict[str, Any] = {"history": [], "steps": 0, "seconds": 0.0, "images": 0, "videos": 0}
         initialise_transformer(model.transformer)
+        initialise_text_encoder(model.text_encoder)
         if self.args.resume:
             weights, self.meta = load_checkpoint(self.args.out, "dit")
             model.load_weights(weights)
@@ -127,24 +138,24 @@ class Trainer:
         ring, count, log = self.bank.rings[frames], self.batch_size(frames), self.losses[int(frames > 1)]
 
         def body(generator: torch.Generator) -> None:
-            latents, ids = ring.batch(count, generator)
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = flow_loss(self.model, latents, ids, generator)
-            self.update.step(loss)
-            log[0] += loss.detach()
-            log[1] += 1
+                flow, layout = losses(self.model, ring.batch(count, generator), generator)
+            self.update.step(flow + LAYOUT_WEIGHT * layout)
+            log[:2] += torch.stack([flow, layout]).detach()
+            log[2] += 1
 
         return body
 
     def take_losses(self) -> list[float]:
-        """Mean losses of images and of clips since the last call; waits for the GPU."""
-        rows = self.losses.tolist()
+        """Mean losses since the last call: of images and of clips, then of both's places; waits for the GPU."""
+        (image, image_place, images), (clip, clip_place, clips) = self.losses.tolist()
         self.losses.zero_()
-        return [total / max(steps, 1.0) for total, steps in rows]
+        places = (image_place + clip_place) / max(images + clips, 1.0)
+        return [image / max(images, 1.0), clip / max(clips, 1.0), places]
 
     def take_loss(self) -> float:
-        """The same of whichever there was."""
-        return sum(self.take_losses())
+        """The velocity's, of whichever there was."""
+        return sum(self.take_losses()[:2])
 
     def prepare(self) -> None:
         """Fill the bank and choose the form of the step; weights stay as they are."""
@@ -196,12 +207,17 @@ class Trainer:
                 self.save(time.monotonic() - start)
                 saved = time.monotonic()
         self.save(time.monotonic() - start)
-        print(f"dit: {self.meta['steps']} steps, {self.meta['images']} images, {self.meta['videos']} clips", flush=True)
+        skipped = int(self.update.skipped)
+        print(
+            f"dit: {self.meta['steps']} steps ({skipped} skipped), {self.meta['images']} images, "
+            f"{self.meta['videos']} clips", flush=True,
+        )  # fmt: skip
 
     def _log(self, seconds: float) -> None:
         row = [self.meta["steps"], round(self.seconds_before + seconds, 1), *(round(m, 5) for m in self.take_losses())]
         self.meta["history"].append(row)
-        print(f"dit step {row[0]} {row[1]} s: images {row[2]}, clips {row[3]}", flush=True)
+        print(f"dit step {row[0]} {row[1]} s: images {row[2]}, clips {row[3]}, places {row[4]}", flush=True)
+        check_finite("dit", sum(row))
 
 
 def main() -> None:
@@ -214,7 +230,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--min-steps", type=int, default=0, help="even when the time is over")
     parser.add_argument("--schedule", type=float, nargs=2, default=(0.0, 1.0), help="progress at start and end")
-    parser.add_argument("--image-share", type=float, default=0.70, help="of all steps; most others are of 17 frames")
+    parser.add_argument("--image-share", type=float, default=0.75, help="of all steps; most others are of 17 frames")
     parser.add_argument("--video-share", type=float, default=0.5, help="of freshly drawn blocks")
     parser.add_argument("--core", action="store_true", help="the small vocabulary of core_subjects.txt")
     parser.add_argument("--adam-rate", type=float, default=ADAM_RATE)

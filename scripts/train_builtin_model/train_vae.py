@@ -26,7 +26,7 @@ from train_builtin_model.compose import RESOLUTION, Compositor
 from train_builtin_model.loader import SceneBlocks, start_loader
 from train_builtin_model.models import initialise_vae, make_vae
 from train_builtin_model.steps import DEFAULT_FORMS, FORMS, StepRunner
-from train_builtin_model.update import Updater
+from train_builtin_model.update import Updater, check_finite
 
 ADAM_RATE, MUON_RATE, WARM_UP_STEPS = 2e-3, 0.02, 100
 KL_WEIGHT = 2e-3
@@ -167,13 +167,14 @@ class Trainer:
             self.meta["latents_mean"], self.meta["latents_std"] = self.latent_statistics(args.statistics)
         self.save()
         spread = [round(s, 2) for s in self.meta["latents_std"]]
-        print(f"vae: {self.meta['steps']} steps, latent std {spread}", flush=True)
+        print(f"vae: {self.meta['steps']} steps ({int(self.update.skipped)} skipped), latent std {spread}", flush=True)
 
     def _log(self, index: int, seconds: float) -> None:
         values = [round(v, 5) for v in self.take_losses()]
         row = [self.meta["steps"] + index, round(self.meta["seconds"] + seconds, 1), *values]
         self.meta["history"].append(row)
         print(f"vae step {row[0]} {row[1]} s: reconstruction {row[2]:.4f}, kl {row[3]:.3f}", flush=True)
+        check_finite("vae", sum(row))
 
     @torch.no_grad()
     def latent_statistics(self, count: int) -> tuple[list[float], list[float]]:

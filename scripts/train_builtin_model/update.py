@@ -6,6 +6,8 @@ tensors on the device, which `schedule` sets between steps.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -34,6 +36,12 @@ def flatten_parameters(model: nn.Module) -> torch.Tensor:
     return flat
 
 
+def check_finite(name: str, loss: float) -> None:
+    """Raises FloatingPointError: the weights are spoilt, more steps would waste the time that is left."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name}: the loss is {loss}; start this part again")
+
+
 class Updater:
     """Turns gradients of the trainable parameters of `model` into new weights, and `average` after them.
 
@@ -46,9 +54,11 @@ class Updater:
     ) -> None:  # fmt: skip
         self.flat, self.flat_average = flatten_parameters(model), flatten_parameters(average)
         self.parameters, self.others = [*matrices, *others], others
-        _, self.gradients = flat_views(self.parameters)  # laid out as the weights are, which a fused AdamW needs
+        # Laid out as the weights are, which a fused AdamW needs.
+        self.flat_gradients, self.gradients = flat_views(self.parameters)
         device = self.flat.device
         self.adam_rate, self.muon_rate, self.average_weight = (torch.zeros((), device=device) for _ in range(3))
+        self.skipped = torch.zeros((), device=device)  # steps whose gradients were not finite
         self.rates = (adam_rate, muon_rate)
         self.muon = Muon(matrices, self.muon_rate)
         self.adam = torch.optim.AdamW(
@@ -62,12 +72,18 @@ class Updater:
         self.average_weight.fill_(average_weight)
 
     def step(self, loss: torch.Tensor) -> None:
-        """Differentiate and update. Nothing of a step outlives it but the weights, moments and last gradients."""
+        """Differentiate and update. Nothing of a step outlives it but the weights, moments and last gradients.
+
+        Where a gradient is not finite (one overflow in bf16 is enough) the step's gradients count as zero.
+        """
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         used = [
             (place, gradient) for place, gradient in zip(self.gradients, found, strict=True) if gradient is not None
         ]
         torch._foreach_copy_([place for place, _ in used], [gradient for _, gradient in used])
+        finite = self.flat_gradients.sum().isfinite()
+        self.flat_gradients.copy_(torch.where(finite, self.flat_gradients, 0.0))
+        self.skipped += ~finite
         for parameter, place, gradient in zip(self.parameters, self.gradients, found, strict=True):
             parameter.grad = None if gradient is None else place
         torch.nn.utils.clip_grad_norm_(self.others, 1.0)
