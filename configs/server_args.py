@@ -28,6 +28,7 @@ class ServerArgs:
     cfg_parallel_degree: int | None = option(
         None, "2: the two predictions of guidance side by side, 1: not; unset: chosen", minimum=1
     )
+    tp_size: int | None = option(None, "ranks that share the text encoder's matrices; unset: chosen", minimum=1)
     sp_impl: str = option("native", "sequence parallelism by", choices=("native", "yunchang"))
     attention_backend: str = option(
         "auto", "attention kernels: torch's, or flash-attn's (fa)", choices=("auto", "torch_sdpa", "fa")
@@ -57,6 +58,12 @@ class ServerArgs:
                 param="replicas",
             )
         self.wanted_degrees.layouts()
+        if self.tp_size is not None and self.group_size % self.tp_size:
+            raise ConfigError(
+                f"--tp-size {self.tp_size} does not divide the {self.group_size} workers of a replica (--num-gpus "
+                f"{self.num_gpus}, --replicas {self.replicas}); each set of so many ranks holds one text encoder",
+                param="tp_size",
+            )
 
     @property
     def wanted_degrees(self) -> WantedDegrees:

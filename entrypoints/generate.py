@@ -22,7 +22,7 @@ from safelight.entrypoints.progress import JsonReporter, PlainReporter, Reporter
 from safelight.entrypoints.saving import file_name, prepare_folder, save
 from safelight.runtime import hub, logs
 from safelight.runtime.errors import JobFailed, SafelightError, StartupError, WorkerLost
-from safelight.runtime.launch.specs import degrees_of
+from safelight.runtime.launch.specs import check_layout
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Event, GenerationRequest, Status
 from safelight.runtime.ulid import new_ulid
@@ -93,7 +93,7 @@ class _Run:
                 args, vae_path=str(hub.resolve(args.vae_path, "vae_path", quiet=self._files.json))
             )
         spec = identify(root)
-        degrees_of(args, root)
+        check_layout(args, root)
         jobs = check_jobs(spec, found, self._files)
         if self._files.save_output:
             prepare_folder(self._folder)

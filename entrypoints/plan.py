@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from safelight.configs.encoder_parallel import EncoderShares, choose_encoder_shares, explain_encoder
 from safelight.configs.families import FAMILIES, ModelSpec, identify
 from safelight.configs.options import did_you_mean
 from safelight.configs.parallel import WantedDegrees, choose_degrees, explain
@@ -55,14 +56,24 @@ def show(name: str, num_gpus: int, as_json: bool) -> None:
     cost = profile.phases[0].step_cost
     one, step = (predict(shape, cost, layout, H200) for layout in (alone, degrees))
     why = explain(degrees, wanted, heads, guided)
+    encoder, shares = FAMILIES[spec.family].encoder_of(spec), EncoderShares()
+    if encoder is not None:
+        shares = choose_encoder_shares(None, encoder, num_gpus, "cuda")
+        why.append(explain_encoder(shares, None, encoder, num_gpus, "cuda"))
     if as_json:
         efficiency = step.efficiency(one, num_gpus)
-        plan = {"model": spec.variant, "num_gpus": num_gpus, "degrees": asdict(degrees), "why": why}
+        plan = {
+            "model": spec.variant,
+            "num_gpus": num_gpus,
+            "degrees": asdict(degrees),
+            "encoder": asdict(shares),
+            "why": why,
+        }
         print(json.dumps({**plan, "step": asdict(step), "alone": asdict(one), "efficiency": efficiency}))
         return
     size = f"{spec.defaults.width}x{spec.defaults.height}, {spec.defaults.num_frames} frames"
     print(f"model    {spec.variant}: {heads} heads, {shape.layers} layers; {size}: {profile.tokens:,} tokens")
-    print(f"layout   {degrees}")
+    print(f"layout   {degrees}, tp {shares.tp}")
     for line in why:
         print(f"         {line}")
     _show_prediction(step, one, num_gpus)
@@ -72,8 +83,8 @@ def _show_prediction(step: Prediction, one: Prediction, num_gpus: int) -> None:
     waiting, together = step.communication_s / step.seconds, step.efficiency(one, num_gpus)
     near, far, hosted = H200.link / 1e9, H200.network / 1e9, H200.gpus_per_host
     print(
-        f"predicted  {step.seconds * 1e3:,.1f} ms a step, {waiting:.1%} of it waiting; {step.sent_bytes / 1e6:,.1f} MB"
+        f"predicted  {step.seconds * 1e3:,.3f} ms a step, {waiting:.1%} of it waiting; {step.sent_bytes / 1e6:,.1f} MB"
     )
-    print(f"           one GPU {one.seconds * 1e3:,.1f} ms; efficiency {together:.0%}")
+    print(f"           one GPU {one.seconds * 1e3:,.3f} ms; efficiency {together:.0%}")
     print(f"assumed    {H200.name}: {H200.tflops:.0f} TFLOP/s, measured with Wan 2.1 1.3B (small models are slower)")
     print(f"           {near:.0f} GB/s from each GPU within a host of {hosted}, {far:.0f} beyond; not measured")

@@ -695,6 +695,7 @@ class SchedulerSpec(Part):
     max_plan_ms: float | None
     checkpoint_every: int  # steps, 0: never
     log_level: str
+    min_op_deadline_s: float = 30.0  # no plan is overdue before
 
 
 class OutputSpec(Part):
@@ -730,3 +731,5 @@ class WorkerSpec(Part):
     sp_impl: str = "native"
     attention_backend: str = "auto"
     vae_tiling: bool = False
+    tp_size: int = 1  # ranks that share the text encoder's matrices
+    encoder_sets: int = 1  # sets of so many ranks that share the prompts

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safelight.configs.encoder_parallel import EncoderShape
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 
@@ -53,6 +54,7 @@ class Family:
     resolve(spec, params) -> SamplingParams: fills every unset field from the variant's defaults.
     validate(spec, params): raises InvalidRequest naming the parameter and the nearest valid values; never changes it.
     profile(spec, params) -> JobProfile.
+    encoder(spec) -> EncoderShape: of the text encoder, if ranks can share its matrices; else None.
     """
 
     name: str
@@ -64,3 +66,7 @@ class Family:
     identify: Callable[[Mapping[str, Any], Path], ModelSpec]
     validate: Callable[[ModelSpec, SamplingParams], None]
     profile: Callable[[ModelSpec, SamplingParams], JobProfile]
+    encoder: Callable[[ModelSpec], EncoderShape] | None = None
+
+    def encoder_of(self, spec: ModelSpec) -> EncoderShape | None:
+        return None if self.encoder is None else self.encoder(spec)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from safelight.configs.families.base import Family, ModelSpec, Variant
-from safelight.configs.families.wan_costs import LATENT_CHANNELS, TEXT_TOKENS, profile
+from safelight.configs.families.wan_costs import LATENT_CHANNELS, TEXT_TOKENS, encoder, profile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest, ModelError
 
@@ -61,7 +61,8 @@ def _published(heads: int, layers: int, ffn_dim: int) -> Mapping[str, Mapping[st
     return {
         "transformer": transformer | {"text_dim": 4096, "patch_size": [1, 2, 2]},
         "vae": vae | {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
-        "text_encoder": {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240},
+        "text_encoder": {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240}
+        | {"vocab_size": 256384},
     }
 
 
@@ -102,7 +103,14 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "scale_factor_spatial": 8,
             "scale_factor_temporal": 4,
         },
-        "text_encoder": {"d_model": None, "num_layers": None, "num_heads": 6, "d_kv": 64, "d_ff": 1024},
+        "text_encoder": {
+            "d_model": None,
+            "num_layers": None,
+            "num_heads": 6,
+            "d_kv": 64,
+            "d_ff": 1024,
+            "vocab_size": 250112,
+        },
     }
 )
 _LISTS = MappingProxyType({"dim_mult": 4, "patch_size": 3})  # and how many they have
@@ -238,4 +246,5 @@ FAMILY = Family(
     identify=identify,
     validate=validate,
     profile=profile,
+    encoder=encoder,
 )

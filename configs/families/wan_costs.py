@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from safelight.configs.encoder_parallel import EncoderShape
 from safelight.configs.families.base import ModelSpec
 from safelight.configs.profile import BatchKey, JobProfile, Phase
 from safelight.configs.sampling_params import SamplingParams
@@ -55,6 +56,19 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         encode_peak_bytes=text_bytes + branches * _encode_peak_bytes(spec.text_encoder),
         step_peak_bytes=branches * _forward_peak_bytes(spec.transformer, tokens) + 8 * latent_bytes,
         decode_peak_bytes=decode.peak_bytes,
+    )
+
+
+def encoder(spec: ModelSpec) -> EncoderShape:
+    """The UMT5 encoder's numbers, for sharing it between ranks."""
+    c = {name: int(spec.text_encoder[name]) for name in ("num_layers", "num_heads", "d_model", "d_kv", "d_ff")}
+    return EncoderShape(
+        layers=c["num_layers"],
+        heads=c["num_heads"],
+        width=c["d_model"],
+        inner=c["num_heads"] * c["d_kv"],
+        d_ff=c["d_ff"],
+        vocabulary=int(spec.text_encoder["vocab_size"]),
     )
 
 

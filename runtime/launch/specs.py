@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safelight.configs.families import identify
+from safelight.configs.encoder_parallel import EncoderShares, choose_encoder_shares
+from safelight.configs.families import FAMILIES, identify
 from safelight.configs.parallel import Degrees, check_implementations, choose_degrees
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime.launch.devices import usable_cores
@@ -47,12 +48,26 @@ def degrees_of(args: ServerArgs, model: Path) -> Degrees:
     return choose_degrees(args.wanted_degrees, int(spec.transformer["num_attention_heads"]), guided)
 
 
+def encoder_shares_of(args: ServerArgs, model: Path, device: str) -> EncoderShares:
+    """How the ranks of every group share the text encoder. Raises ConfigError and ModelError."""
+    spec = identify(model)
+    shape = FAMILIES[spec.family].encoder_of(spec)
+    return choose_encoder_shares(args.tp_size, shape, args.group_size, device)
+
+
+def check_layout(args: ServerArgs, model: Path) -> None:
+    """Raises ConfigError and ModelError for degrees that this model cannot have, whatever the device."""
+    degrees_of(args, model)
+    encoder_shares_of(args, model, "cpu")
+
+
 def worker_spec(
     args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, device: str, group: Group, rank: int
 ) -> WorkerSpec:
     """The spec of one rank; precisions `auto` become fp32 on a CPU, bf16 on CUDA. Raises ConfigError and ModelError."""
     world_size, degrees = args.group_size, degrees_of(args, model)
     check_implementations(args.sp_impl, args.attention_backend, degrees, device)
+    encoder = encoder_shares_of(args, model, device)
     automatic = "bf16" if device == "cuda" else "fp32"
     return WorkerSpec(
         endpoints=run.endpoints(),
@@ -78,4 +93,6 @@ def worker_spec(
         sp_impl=args.sp_impl,
         attention_backend=args.attention_backend,
         vae_tiling=args.vae_tiling,
+        tp_size=encoder.tp,
+        encoder_sets=encoder.sets,
     )

@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,12 +22,22 @@ from safelight.runtime.errors import ModelError
 NameMap = Mapping[str, tuple[str, ...]]  # our parameter -> the tensors that it is made of, stacked along dim 0
 
 
+class Part(NamedTuple):
+    """Slices [start, start + size) along `dim` of a tensor that has `total` of them."""
+
+    dim: int
+    start: int
+    size: int
+    total: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """One tensor of a checkpoint, from its file's header."""
+    """One tensor of a checkpoint, from its file's header; `shape` is that of its part where only one is loaded."""
 
     file: Path
     shape: tuple[int, ...]
+    part: Part | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,21 +80,23 @@ def load_weights(
     device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
     ignored: Callable[[str], bool] = lambda name: False,
+    parts: Mapping[str, Part] = MappingProxyType({}),
 ) -> None:
     """Fills every parameter of `module` (built on the meta device) and moves its buffers to `device`.
 
+    Of the sources in `parts` only that part is read (a rank's share of a matrix).
     A source may have more dims than its parameter when its trailing dims flatten to it (a convolution loaded as a
     linear layer). `dtype_of(parameter name)` chooses each dtype; sources for which `ignored` holds may be extra.
     Raises ModelError naming file and tensor: corrupt, missing, extra or mis-shaped ones.
     """
-    stored = _headers(files)
+    stored = _with_parts(_headers(files), parts)
     parameters = dict(module.named_parameters())
     _check(stored, parameters, names, ignored)
-    sources = {source: target for target, parts in names.items() for source in parts}
+    sources = {source: target for target, pieces in names.items() for source in pieces}
     starts: dict[str, int] = {}
-    for parts in names.values():
+    for pieces in names.values():
         offset = 0
-        for source in parts:
+        for source in pieces:
             starts[source] = offset
             offset += stored[source].shape[0]
     loaded: dict[str, torch.Tensor] = {}
@@ -95,7 +108,7 @@ def load_weights(
                     shape = parameters[target].shape
                     loaded[target] = torch.empty(shape, dtype=dtype_of(target), device=device)
                 rows = loaded[target].narrow(0, starts[source], stored[source].shape[0])
-                rows.copy_(_tensor(handle, file, source).view(rows.shape))
+                rows.copy_(_tensor(handle, stored[source], source).view(rows.shape))
     for target, tensor in loaded.items():
         owner, _, leaf = target.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -122,9 +135,30 @@ def _opened(file: Path) -> Any:
         raise ModelError(f"{file} is not a readable safetensors file: {error}", param="model_path") from error
 
 
-def _tensor(handle: Any, file: Path, name: str) -> torch.Tensor:
+def _with_parts(stored: dict[str, _Stored], parts: Mapping[str, Part]) -> dict[str, _Stored]:
+    """Raises ModelError for a tensor that has not as many slices as its part says."""
+    made = dict(stored)
+    for name, part in parts.items():
+        if (entry := stored.get(name)) is None:
+            continue  # reported as missing
+        if len(entry.shape) <= part.dim or entry.shape[part.dim] != part.total:
+            raise ModelError(
+                f"{entry.file}: tensor {name} of shape {entry.shape} has not {part.total} slices along dim {part.dim}; "
+                "is config.json of the same model?",
+                param="model_path",
+            )
+        shape = (*entry.shape[: part.dim], part.size, *entry.shape[part.dim + 1 :])
+        made[name] = _Stored(entry.file, shape, part)
+    return made
+
+
+def _tensor(handle: Any, entry: _Stored, name: str) -> torch.Tensor:
+    file, part = entry.file, entry.part
     try:
-        tensor: torch.Tensor = handle.get_tensor(name)
+        if part is None:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        else:
+            tensor = handle.get_slice(name)[(slice(None),) * part.dim + (slice(part.start, part.start + part.size),)]
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: tensor {name} cannot be read: {error}", param="model_path") from error
     return tensor

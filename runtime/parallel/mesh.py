@@ -32,6 +32,8 @@ class ParallelMesh:
     groups: dict[Axis, dist.ProcessGroup | None]
     world: dist.ProcessGroup | None
     even_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # yunchang's, if it is wanted
+    encoder: tuple[int, int] = (1, 1)  # tp: ranks that share its matrices; sets of them that share the prompts
+    tp_group: dist.ProcessGroup | None = None
 
     @staticmethod
     def single() -> ParallelMesh:
@@ -50,14 +52,25 @@ class ParallelMesh:
         return self.groups[axis]
 
 
-def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int, sp_impl: str = "native") -> ParallelMesh:
-    """Collective over all ranks of the worker group: makes the sub-groups of each axis.
+def build_mesh(
+    world: dist.ProcessGroup,
+    cfg: int,
+    ring: int,
+    ulysses: int,
+    sp_impl: str = "native",
+    encoder: tuple[int, int] = (1, 1),
+) -> ParallelMesh:
+    """Collective over all ranks of the worker group: makes the sub-groups of each axis, and those of the text encoder.
 
-    Raises ValueError when the degrees do not multiply to the world size, ConfigError when `sp_impl` cannot be had.
+    Raises ValueError when the degrees do not multiply to the world size or `encoder` (tp, sets) does not fit it,
+    ConfigError when `sp_impl` cannot be had.
     """
     size, rank = dist.get_world_size(world), dist.get_rank(world)
     if cfg * ring * ulysses != size:
         raise ValueError(f"cfg {cfg} x ring {ring} x ulysses {ulysses} is not the group's size {size}")
+    tp, sets = encoder
+    if size % tp or sets not in (1, size // tp):
+        raise ValueError(f"{sets} sets of {tp} ranks do not make up the group's {size}")
     degrees = {Axis.CFG: cfg, Axis.RING: ring, Axis.ULYSSES: ulysses}
     strides = {Axis.ULYSSES: 1, Axis.RING: ulysses, Axis.CFG: ulysses * ring}
     groups: dict[Axis, dist.ProcessGroup | None] = dict.fromkeys(Axis, None)
@@ -72,4 +85,15 @@ def build_mesh(world: dist.ProcessGroup, cfg: int, ring: int, ulysses: int, sp_i
             if rank in members:
                 groups[axis] = group
     even = yunchang_attention(ulysses, ring, rank, size) if sp_impl == "yunchang" else None
-    return ParallelMesh(rank, size, degrees, groups, world, even)
+    return ParallelMesh(rank, size, degrees, groups, world, even, encoder, _tp_group(world, tp))
+
+
+def _tp_group(world: dist.ProcessGroup, tp: int) -> dist.ProcessGroup | None:
+    """Neighbouring ranks: they are on one host as long as `tp` fits."""
+    size, rank = dist.get_world_size(world), dist.get_rank(world)
+    if tp in (1, size):
+        return None if tp == 1 else world
+    made = [dist.new_group(list(range(start, start + tp))) for start in range(0, size, tp)]
+    own = made[rank // tp]
+    assert isinstance(own, dist.ProcessGroup)
+    return own

@@ -156,10 +156,9 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
     )
     world = dist.group.WORLD
     assert world is not None
-    log.info("cfg %d x ring %d x ulysses %d", spec.cfg_degree, spec.ring_degree, spec.ulysses_degree)
-    return build_mesh(
-        world, cfg=spec.cfg_degree, ring=spec.ring_degree, ulysses=spec.ulysses_degree, sp_impl=spec.sp_impl
-    )
+    degrees = spec.cfg_degree, spec.ring_degree, spec.ulysses_degree
+    log.info("cfg %d x ring %d x ulysses %d, tp %d", *degrees, spec.tp_size)
+    return build_mesh(world, *degrees, sp_impl=spec.sp_impl, encoder=(spec.tp_size, spec.encoder_sets))
 
 
 def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:

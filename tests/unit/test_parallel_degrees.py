@@ -16,7 +16,7 @@ from safelight.configs.server_args import ServerArgs
 from safelight.runtime.errors import ConfigError
 from safelight.runtime.launch.folders import create_run_folder
 from safelight.runtime.launch.processes import Group
-from safelight.runtime.launch.specs import worker_spec
+from safelight.runtime.launch.specs import check_layout, worker_spec
 from safelight.runtime.messages import SlotPool
 
 
@@ -128,7 +128,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_dim": 4096,
     },
     "vae/config.json": {"dim_mult": [1, 2, 4, 4]},
-    "text_encoder/config.json": {"d_model": 4096, "num_layers": 24},
+    "text_encoder/config.json": {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240},
     "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler"},
 }  # fmt: skip
 
@@ -143,10 +143,15 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_the_flags_reach_every_rank(tmp_path: Path, model: Path) -> None:
-    args = ServerArgs(num_gpus=8, replicas=2, ring_degree=2, ulysses_degree=2, attention_backend="torch_sdpa")
+    args = ServerArgs(
+        num_gpus=8, replicas=2, ring_degree=2, ulysses_degree=2, tp_size=2, attention_backend="torch_sdpa"
+    )
     run, pool = create_run_folder(tmp_path / "state"), SlotPool("x", 1, 1)
     spec = worker_spec(args, run, pool, model, "cpu", Group(0), 3)
     assert (spec.world_size, spec.cfg_degree, spec.ring_degree, spec.ulysses_degree) == (4, 1, 2, 2)
+    assert (spec.tp_size, spec.encoder_sets) == (2, 2)
     assert (spec.attention_backend, spec.sp_impl) == ("torch_sdpa", "native")
+    with pytest.raises(ConfigError, match=r"--tp-size 128.*64 heads"):
+        check_layout(ServerArgs(num_gpus=128, tp_size=128), model)
     with pytest.raises(ConfigError, match="--sp-impl yunchang runs on CUDA"):
         worker_spec(dataclasses.replace(args, sp_impl="yunchang"), run, pool, model, "cpu", Group(0), 3)

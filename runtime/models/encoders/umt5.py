@@ -1,10 +1,15 @@
-"""UMT5 as a text encoder: transformers' UMT5EncoderModel behind one call."""
+"""UMT5 as a text encoder: transformers' UMT5EncoderModel behind one call, on one rank or shared by several.
+
+transformers has no tensor-parallel plan for UMT5 or T5. A rank's share is the same module with fewer heads and a
+narrower feed-forward layer (T5 gives the head dim apart from the width), whose results are summed over the ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +18,9 @@ from transformers.models.umt5.configuration_umt5 import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 from safelight.runtime.errors import ModelError
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
+from safelight.runtime.models.loading import Part, checkpoint_files, load_weights, read_json
+from safelight.runtime.parallel.mesh import ParallelMesh
+from safelight.runtime.parallel.tensor import EncoderGroups, SplitEmbedding, share_of, sum_results
 
 PAD = 0
 
@@ -24,18 +31,30 @@ class UMT5:
 
     module: UMT5EncoderModel
     device: torch.device
+    vocabulary: int
+    groups: EncoderGroups
 
     def encode(self, prompts: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
         """Token ids of N prompts, without padding -> N tensors (T_i, E).
 
         The batch is padded to its longest prompt and the padding is masked, which gives every prompt what it would get
-        alone or padded to 512. Raises ModelError for ids outside the vocabulary.
+        alone or padded to 512. Ranks share the work, and each has all results. Raises ModelError for ids outside the
+        vocabulary, on every rank before any of them waits for another.
         """
-        if max(max(ids, default=PAD) for ids in prompts) >= self.module.config.vocab_size:
+        if max(max(ids, default=PAD) for ids in prompts) >= self.vocabulary:
             raise ModelError(
                 f"token ids up to {max(map(max, prompts))} came, but the text encoder's vocabulary ends at "
-                f"{self.module.config.vocab_size - 1}; are tokenizer and text_encoder of the same model?"
+                f"{self.vocabulary - 1}; are tokenizer and text_encoder of the same model?"
             )
+        like = self.module.encoder.final_layer_norm.weight
+        return self.groups.encode(
+            [len(ids) for ids in prompts],
+            self.module.config.d_model,
+            lambda numbers: self._encode([prompts[n] for n in numbers]),
+            like,
+        )
+
+    def _encode(self, prompts: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
         longest = max(1, *map(len, prompts))
         ids = torch.tensor([[*p, *[PAD] * (longest - len(p))] for p in prompts], device=self.device)
         mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in prompts], device=self.device)
@@ -43,22 +62,56 @@ class UMT5:
         return [row[: len(p)] for row, p in zip(hidden, prompts, strict=True)]
 
 
-def load_umt5(folder: Path, device: torch.device, dtype: torch.dtype) -> UMT5:
-    """The encoder in `folder` (config.json, model.safetensors or its shards). Raises ModelError naming file and tensor.
+def load_umt5(folder: Path, device: torch.device, dtype: torch.dtype, mesh: ParallelMesh | None = None) -> UMT5:
+    """The encoder in `folder` (config.json, model.safetensors or its shards), or this rank's share of it.
 
-    float16 overflows in T5's feed-forward layers: float32 is taken in its place.
+    float16 overflows in T5's feed-forward layers: float32 is taken in its place. Raises ModelError naming file and
+    tensor.
     """
     values = read_json(folder / "config.json")
     if values.get("model_type") != "umt5":
         raise ModelError(f"{folder / 'config.json'}: model_type umt5 expected, got {values.get('model_type')!r}")
-    with torch.device("meta"):
-        module = UMT5EncoderModel(UMT5Config.from_dict(values))
-    module.encoder.embed_tokens = module.shared  # one table under two names
+    groups = EncoderGroups.of(ParallelMesh.single() if mesh is None else mesh)
+    whole = UMT5Config.from_dict(values)
+    module, parts = _share(whole, values, groups)
     names = {name: (name,) for name, _ in module.named_parameters()}
     dtype = torch.float32 if dtype == torch.float16 else dtype
     tied = "encoder.embed_tokens.weight"
-    load_weights(
-        module, checkpoint_files(folder, "model"), names, device, lambda _: dtype, ignored=lambda name: name == tied
-    )
+    files = checkpoint_files(folder, "model")
+    load_weights(module, files, names, device, lambda _: dtype, ignored=lambda name: name == tied, parts=parts)
     module.train(False)
-    return UMT5(module, device)
+    return UMT5(module, device, whole.vocab_size, groups)
+
+
+def _share(
+    whole: UMT5Config, values: dict[str, Any], groups: EncoderGroups
+) -> tuple[UMT5EncoderModel, dict[str, Part]]:
+    """The module of this rank's heads and feed-forward columns, on the meta device, and which part of each stored
+    tensor it takes."""
+    first_head, heads = share_of(whole.num_heads, group=groups.tp)
+    first_column, columns = share_of(whole.d_ff, group=groups.tp)
+    if heads == 0:
+        raise ModelError(f"the text encoder's {whole.num_heads} heads do not go round {groups.size} ranks (--tp-size)")
+    with torch.device("meta"):
+        module = UMT5EncoderModel(UMT5Config.from_dict(values | {"num_heads": heads, "d_ff": columns}))
+        rows = SplitEmbedding(whole.vocab_size, whole.d_model, group=groups.tp)
+    module.shared = module.shared if groups.tp is None else rows
+    module.encoder.embed_tokens = module.shared  # one table under two names
+    if groups.tp is None:
+        return module, {}
+    inner = Part(0, first_head * whole.d_kv, heads * whole.d_kv, whole.num_heads * whole.d_kv)
+    wide = Part(0, first_column, columns, whole.d_ff)
+    by_layer = {
+        "SelfAttention.q": inner, "SelfAttention.k": inner, "SelfAttention.v": inner,
+        "SelfAttention.o": inner._replace(dim=1),
+        "SelfAttention.relative_attention_bias": Part(1, first_head, heads, whole.num_heads),
+        "DenseReluDense.wi_0": wide, "DenseReluDense.wi_1": wide, "DenseReluDense.wo": wide._replace(dim=1),
+    }  # fmt: skip
+    parts = {"shared.weight": Part(0, rows.start, rows.size, whole.vocab_size)}
+    for name, layer in module.encoder.block.named_modules():
+        kind = ".".join(name.split(".")[-2:])
+        if kind in by_layer:
+            parts[f"encoder.block.{name}.weight"] = by_layer[kind]
+        if kind in ("SelfAttention.o", "DenseReluDense.wo"):
+            sum_results(layer, group=groups.tp)
+    return module, parts

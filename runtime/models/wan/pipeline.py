@@ -176,7 +176,7 @@ def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
         mesh=options.mesh,
         flow=flow,
         transformer=load_transformer(spec.root / "transformer", options),
-        text_encoder=load_umt5(spec.root / "text_encoder", options.device, options.dit_dtype),
+        text_encoder=load_umt5(spec.root / "text_encoder", options.device, options.dit_dtype, options.mesh),
         vae=load_wan_vae(
             options.vae_path or spec.root / "vae",
             options.device,
