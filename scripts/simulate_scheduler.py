@@ -97,6 +97,7 @@ class Report:
     groups: int = 1
     deaths: int = 0
     latencies: dict[str, list[float]] = field(default_factory=lambda: {c.name: [] for c in CLASSES})
+    served_s: dict[int, float] = field(default_factory=dict)  # by group: what the ops would take at speed 1
     missed: dict[str, int] = field(default_factory=lambda: {c.name: 0 for c in CLASSES})  # refused, cancelled, failed
 
     def attainment(self, c: JobClass) -> float:
@@ -115,6 +116,7 @@ class Report:
         return {
             "policy": self.policy, "jobs": self.jobs, "slo": round(met / self.jobs, 4), "classes": classes,
             "idle": round(1 - self.busy_s / (self.groups * self.simulated_s), 4), "deaths": self.deaths,
+            "served": {g: round(t / sum(self.served_s.values()), 3) for g, t in sorted(self.served_s.items())},
             "simulated_h": round(self.simulated_s / 3600, 2), "events": self.events,
             "events_per_s": round(self.events / self.wall_s),
         }  # fmt: skip
@@ -129,6 +131,7 @@ class Worker:
     """One group of one rank: runs plans in order."""
 
     group: int
+    speed: float = 1.0
     epoch: int = 0
     plans: list[m.Plan] = field(default_factory=list)
     alive: bool = True
@@ -138,8 +141,12 @@ class Worker:
 class Simulation:
     """An event queue around one core."""
 
-    def __init__(self, name: str, jobs: int, groups: int, load: float, deaths_per_hour: float, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(
+        self, name: str, jobs: int, groups: int, load: float, deaths_per_hour: float, seed: int,
+        speeds: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        self.random = random.Random(seed)  # of arrivals: every policy gets the same ones
+        self.noise = random.Random(seed + 1)  # of what ops take, and deaths
         self.report = Report(name, jobs, groups=groups)
         self.profiles = {c.steps: c.profile() for c in CLASSES}
         config = CoreConfig(
@@ -148,10 +155,10 @@ class Simulation:
         )  # fmt: skip
         self.core = SchedulerCore(config, 1)
         self.now = 0.0
-        self.workers = [Worker(g) for g in range(groups)]
+        self.workers = [Worker(g, *speeds[g : g + 1]) for g in range(groups)]
         self.running: dict[str, tuple[JobClass, float]] = {}
         self.left = jobs
-        self.rate = load * groups / sum(c.share * c.work_s for c in CLASSES)
+        self.rate = load * sum(w.speed for w in self.workers) / sum(c.share * c.work_s for c in CLASSES)
         self.deaths_per_s = deaths_per_hour / 3600
         self.commit_planned = False
         self.token = 0
@@ -164,7 +171,7 @@ class Simulation:
         self.tick()
         self.arrive()
         if self.deaths_per_s > 0:
-            self.later(self.random.expovariate(self.deaths_per_s), self.kill_one)
+            self.later(self.noise.expovariate(self.deaths_per_s), self.kill_one)
         while self.left or self.running:
             self.now, _, happen = heapq.heappop(self._queue)
             happen()
@@ -240,7 +247,7 @@ class Simulation:
         """Runs the first plan; its ops take their class's time, give or take 3 %."""
         results = []
         for op in w.plans[0].ops:
-            results.append(m.OpResult(ms=self.op_ms(op), last_chunk=self.is_last(op)))
+            results.append(m.OpResult(ms=self.op_ms(op) / w.speed, last_chunk=self.is_last(op)))
         self.later(sum(r.ms for r in results) / 1000, partial(self.finish, w, w.epoch, tuple(results)))
 
     def op_ms(self, op: m.Op) -> float:
@@ -249,9 +256,9 @@ class Simulation:
         job = op.units[0].job if isinstance(op, m.Denoise) else op.job
         kind = self.running[job][0] if job in self.running else CLASSES[0]
         if isinstance(op, m.Denoise):
-            return kind.step_ms * self.random.uniform(0.97, 1.03)
+            return kind.step_ms * self.noise.uniform(0.97, 1.03)
         if isinstance(op, m.Decode):
-            return kind.chunk_ms * self.random.uniform(0.97, 1.03)
+            return kind.chunk_ms * self.noise.uniform(0.97, 1.03)
         return 20.0 if isinstance(op, m.Encode) else 2.0
 
     def is_last(self, op: m.Op) -> bool:
@@ -263,7 +270,9 @@ class Simulation:
         if w.epoch != epoch or not w.alive:
             return
         plan = w.plans.pop(0)
-        self.report.busy_s += sum(r.ms for r in results) / 1000
+        spent = sum(r.ms for r in results) / 1000
+        self.report.busy_s += spent
+        self.report.served_s[w.group] = self.report.served_s.get(w.group, 0.0) + spent * w.speed
         for op, result in zip(plan.ops, results, strict=True):
             if isinstance(op, m.Decode):
                 self.later(0.04, partial(self.encoded, op, result.last_chunk))
@@ -272,8 +281,8 @@ class Simulation:
         self.feed(RankSaid(m.PlanDone(plan.scheduler_epoch, w.group, 0, epoch, plan.number, results)))
 
     def kill_one(self) -> None:
-        self.later(self.random.expovariate(self.deaths_per_s), self.kill_one)
-        w = self.random.choice(self.workers)
+        self.later(self.noise.expovariate(self.deaths_per_s), self.kill_one)
+        w = self.noise.choice(self.workers)
         if w.alive:
             w.alive = False
             self.report.deaths += 1
@@ -327,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Report]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--speeds", type=float, nargs="+", default=[], help="of the groups, 1 where not given")
     parser.add_argument("--load", type=float, default=0.85, help="share of the groups' time that is asked for")
     parser.add_argument("--deaths-per-hour", type=float, default=0.0)
     parser.add_argument("--policy", nargs="+", default=["fcfs", "sjf", "fair"])
@@ -334,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Report]:
     args = parser.parse_args(arguments)
     reports = []
     for name in args.policy:
-        simulation = Simulation(name, args.jobs, args.groups, args.load, args.deaths_per_hour, args.seed)
+        simulation = Simulation(name, args.jobs, args.groups, args.load, args.deaths_per_hour, args.seed, args.speeds)
         reports.append(simulation.run())
         print(json.dumps(reports[-1].as_dict()), flush=True)
     print(table(reports))

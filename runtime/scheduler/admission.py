@@ -140,6 +140,22 @@ class Queue:
             heapq.heappop(heap)
         return None
 
+    def first(self, lane: int, count: int) -> list[Job]:
+        """The next `count` jobs of a lane in order, fewer when many of its entries are of jobs that went already."""
+        self.head(lane)
+        heap, found = self._heaps[lane], dict[str, Job]()
+        candidates = [(heap[0], 0)] if heap else []
+        for _ in range(8 * count):  # a heap's n smallest, without changing it
+            if not candidates or len(found) == count:
+                break
+            (*_, job), at = heapq.heappop(candidates)
+            if self._jobs.get(job.id) is job:
+                found[job.id] = job
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(heap):
+                    heapq.heappush(candidates, (heap[child], child))
+        return list(found.values())
+
 
 def view(job: Job, remaining_ms: float) -> JobView:
     return JobView(job.seq, job.accepted_at, job.priority, remaining_ms)

@@ -13,7 +13,6 @@ from safelight.runtime.scheduler.state import Group, Rank, State
 SILENT_S = 5.0
 DEAD_S = 30.0
 START_LIMIT_S = 1800.0  # of a rank that was never heard of; it may import torch from a slow disk
-MIN_OP_DEADLINE_S = 30.0
 DEADLINE_FACTOR = 10.0
 DIVERGED_S = 5.0  # inventories that differ for so long will not agree any more
 SETTLE_S = 120.0  # plans of an earlier scheduler finish within this
@@ -100,6 +99,7 @@ def _new_epoch(s: State, g: Group, epoch: int) -> None:
     g.epoch, g.phase, g.settled = epoch, "starting", False
     g.ranks.clear()
     g.next_number, g.unsettled_since = 0, None
+    s.cost.forget(g.id)
 
 
 def _gone(s: State, g: Group) -> None:
@@ -230,7 +230,7 @@ def _overdue(s: State, g: Group) -> str | None:
     if not g.outstanding:
         return None
     first = g.outstanding[0]
-    allowed = max(MIN_OP_DEADLINE_S, DEADLINE_FACTOR * first.predicted_ms / 1000)
+    allowed = max(s.config.min_op_deadline_s, DEADLINE_FACTOR * first.predicted_ms / 1000)
     until = max([first.started_at + allowed, *(r.phase_until for r in g.ranks.values() if r.phase_until is not None)])
     if s.now <= until:
         return None

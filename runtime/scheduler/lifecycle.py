@@ -5,24 +5,21 @@ from __future__ import annotations
 from functools import partial
 
 from safelight.runtime import messages as m
-from safelight.runtime.scheduler import checkpoints
+from safelight.runtime.scheduler import checkpoints, placement
 from safelight.runtime.scheduler.admission import too_large, view
 from safelight.runtime.scheduler.jobs import Cursor, Ended, Job, Run, Stage
 from safelight.runtime.scheduler.policy import JobView
 from safelight.runtime.scheduler.records import AdmissionRecord, ForgetRecord, TerminalRecord
 from safelight.runtime.scheduler.state import Group, State
 
-TARGET_BUSY = 2  # jobs with work that a group holds at least: one runs, one is there when it waits
 MAX_RESIDENT = 16
 MAX_PASSED_OVER = 8
 MAX_ALONE_DEATHS = 2
 
 
 def remaining_ms(s: State, job: Job) -> float:
-    """Predicted work that is left of a job."""
-    outputs_left = job.profile.outputs - len(job.artifacts)
-    at = job.run.planned if job.run else Cursor(0, Stage.ENCODE)
-    return s.cost.remaining_ms(job.profile, at, outputs_left)
+    """Predicted work that is left of a job: where it runs, or anywhere."""
+    return placement.work_ms(s, job, job.run.group if job.run else None)
 
 
 def backlog_ms(s: State) -> float:
@@ -61,7 +58,7 @@ def dequeue(s: State, job: Job) -> None:
 
 
 def admit(s: State) -> None:
-    """Lets jobs into groups, the least loaded group first, until none may enter."""
+    """Lets jobs into groups, each into the one that will finish it first, until none may enter."""
     if not s.admit_due:
         return
     s.admit_due = False
@@ -69,11 +66,12 @@ def admit(s: State) -> None:
         groups = [g for g in s.groups.values() if g.usable]
         if len(groups) > 1:
             groups.sort(key=lambda g: sum(remaining_ms(s, r.job) for r in g.residents.values()))
-        if not any(_admit_one(s, g) for g in groups):
+        choices = [placement.choose(s, groups, lane) for lane in range(len(s.config.policy.lanes))]
+        if not any(_admit_one(s, g, choices) for g in groups):
             return
 
 
-def _admit_one(s: State, g: Group) -> bool:
+def _admit_one(s: State, g: Group, choices: list[dict[int, Job]]) -> bool:
     residents = g.residents.values()
     if len(residents) >= MAX_RESIDENT or any(r.job.suspect_until is not None for r in residents):
         return False
@@ -82,8 +80,9 @@ def _admit_one(s: State, g: Group) -> bool:
     lanes = s.config.policy.lanes
     heads = {lane: head for lane in range(len(lanes)) if (head := s.queue.head(lane)) is not None}
     stuck = {lane: head for lane, head in heads.items() if head.passed_over >= MAX_PASSED_OVER}
+    chosen = {lane: choice[g.id] for lane, choice in enumerate(choices) if g.id in choice}
     first = s.config.policy.turn(g.lane_ms)
-    for lane, head in sorted((stuck or heads).items(), key=lambda item: item[0] != first):
+    for lane, head in sorted((stuck or chosen).items(), key=lambda item: item[0] != first):
         if _wanted(s, g, lane, head) and _enter_or_refuse(s, g, head):
             for other in heads.values():
                 other.passed_over += other is not head and not _fits(s, g, other)
@@ -103,7 +102,7 @@ def _suspect_for(s: State, g: Group) -> Job | None:
 def _wanted(s: State, g: Group, lane: int, job: Job) -> bool:
     """A group that has work takes in only jobs that would go before all of it."""
     busy = [r for r in g.residents.values() if r.busy]
-    if len(busy) < TARGET_BUSY:
+    if len(busy) < placement.TARGET_BUSY:
         return True
     key = s.config.policy.lanes[lane].key
     return key(view(job, job.queued_ms)) < min(key(run_view(s, r)) for r in busy)

@@ -61,6 +61,7 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         profile_of=Profiler(Path(spec.model_path)).profile_of,
         max_plan_ms=spec.max_plan_ms,
         checkpoint_every=spec.checkpoint_every,
+        min_op_deadline_s=spec.min_op_deadline_s,
     )
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     with contextlib.ExitStack() as stack:

@@ -50,10 +50,10 @@ def _computing_ops(s: State, g: Group) -> list[tuple[m.Op, float]]:
         if len(ready) > 1:
             key = s.config.policy.lanes[lane].key
             run = min(ready, key=lambda r: (key(lifecycle.run_view(s, r)), r.job.seq))
-        ms = s.cost.op_ms(run.op(-1), run.job.profile)
+        ms = s.cost.op_ms(run.op(-1), run.job.profile, g.id)
         if ops:
             if bound is None:
-                bound = max(s.cost.step_ms(r.job.profile) for r in g.residents.values())
+                bound = max(s.cost.step_ms(r.job.profile, g.id) for r in g.residents.values())
             if total + ms > bound:
                 break
         total += ms
@@ -151,7 +151,7 @@ def _settle_op(s: State, g: Group, op: m.Op, results: tuple[m.OpResult, ...]) ->
     if error is not None:
         lifecycle.end(s, run.job, m.Status.FAILED, error)
         return
-    s.cost.learn(op, run.job.profile, max(r.ms for r in results))
+    s.cost.learn(op, run.job.profile, max(r.ms for r in results), g.id)
     after = run.done_after(op)
     if after is None:
         return

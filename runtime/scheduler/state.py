@@ -47,6 +47,7 @@ class CoreConfig:
     checkpoint_every: int = 0
     job_id: re.Pattern[str] = JOB_ID
     keep_ended: int = 10_000  # ended jobs that clients may still ask for
+    min_op_deadline_s: float = 30.0  # of a plan, however short it is predicted to be
 
 
 @dataclass(slots=True)
