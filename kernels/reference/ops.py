@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     normed = _unit_rms(x, eps) * weight.float()
-    even, odd = torch.unflatten(normed, -1, (-1, cos.shape[-1], 2)).unbind(-1)
+    even, odd = torch.unflatten(normed, -1, (weight.numel() // (2 * cos.shape[-1]), cos.shape[-1], 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-3).to(x.dtype)

@@ -15,6 +15,11 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+def per_head(rotary: Rotary, heads: int) -> Rotary:
+    """(S, D/2) -> (S H, D/2): a row for each head of each token, for layers that norm and rotate head by head."""
+    return Rotary(*(table.repeat_interleave(heads, dim=0) for table in rotary))
+
+
 class Rope3D(nn.Module):
     """Angles pos * theta^(-2i/d) for the three axes, whose shares d of the head dim are `axis_dims`.
 
