@@ -10,7 +10,7 @@ from safelight.runtime.scheduler.jobs import Cursor, Run, Stage, at_step
 from safelight.runtime.scheduler.slots import Attempt
 from safelight.runtime.scheduler.state import Group, Rank, State
 
-SILENT_S = 5.0
+SILENT_S = 4.0  # looked at each second: a stopped process is dead within 5 s
 DEAD_S = 30.0
 START_LIMIT_S = 1800.0  # of a rank that was never heard of; it may import torch from a slow disk
 DEADLINE_FACTOR = 10.0

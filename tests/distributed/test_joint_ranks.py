@@ -90,7 +90,7 @@ def test_one_rank_computes_what_diffusers_computes() -> None:
     heads, dim, text, image = 3, 8, 5, 9
     width = heads * dim
     torch.manual_seed(0)
-    theirs: Any = FluxAttention(  # type: ignore[no-untyped-call]
+    theirs: Any = FluxAttention(
         query_dim=width, added_kv_proj_dim=width, dim_head=dim, heads=heads, bias=True, eps=1e-6
     )
     for parameter in theirs.parameters():

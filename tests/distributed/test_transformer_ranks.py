@@ -64,9 +64,12 @@ def control_error(one_rank: dict[str, Tensor], ranks: Ranks, layout: tuple[int, 
     return float((results_of(ranks, layout, control)[0] - one_rank[PROGRAM.CASES[-1].name]).abs().max())
 
 
+@pytest.mark.parametrize("control", ["swapped", "wrong_padding"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
-def test_swapped_shards_show(one_rank: dict[str, Tensor], ranks: Ranks, layout: tuple[int, int, int]) -> None:
-    assert control_error(one_rank, ranks, layout, "swapped") > 50 * TOLERANCE
+def test_swapped_shards_and_wrong_padding_show(
+    one_rank: dict[str, Tensor], ranks: Ranks, layout: tuple[int, int, int], control: str
+) -> None:
+    assert control_error(one_rank, ranks, layout, control) > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize("control", ["dropped", "without_lse"])

@@ -111,6 +111,19 @@ def broken_rings(kernels: KernelSet, degree: int) -> dict[str, KernelSet]:
     }
 
 
+def padding(kernels: KernelSet) -> KernelSet:
+    """Self-attention that sees a token of zeros too, as shares padded to one length without a mask would give it."""
+
+    def padded(x: Tensor) -> Tensor:
+        return x if x.shape[1] == TEXT else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
+
+    return replace(
+        kernels,
+        attention=lambda q, k, v: kernels.attention(q, padded(k), padded(v)),
+        attention_lse=lambda q, k, v: kernels.attention_lse(q, padded(k), padded(v)),
+    )
+
+
 def main(rank: int, world: int, group: dist.ProcessGroup, folder: Path) -> None:
     results: dict[str, Tensor] = {}
     kernels = reference_kernels()
@@ -118,6 +131,7 @@ def main(rank: int, world: int, group: dist.ProcessGroup, folder: Path) -> None:
         mesh = build_mesh(group, cfg=cfg, ring=ring, ulysses=ulysses)
         made = {case.name: predict(case, mesh, kernels) for case in CASES}
         made["swapped"] = predict(CASES[-1], mesh, kernels, swapped=True)
+        made["wrong_padding"] = predict(CASES[-1], mesh, padding(kernels))
         if ring > 1:
             made |= {name: predict(CASES[-1], mesh, broken) for name, broken in broken_rings(kernels, ring).items()}
         results |= {f"{cfg}x{ring}x{ulysses} {name}": value.contiguous() for name, value in made.items()}
