@@ -7,7 +7,7 @@ prediction is made whole by sending the rank's own part to each other rank. A cf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safelight.configs.parallel import Degrees
 
@@ -62,3 +62,17 @@ def step_traffic(shape: StepShape, degrees: Degrees, rank: int) -> Traffic:
         * (share * (degrees.ulysses - 1) + chunk * (degrees.ring - 1)),
         cfg=4 * prediction * shape.tokens if split else 0,  # float32
     )  # fmt: skip
+
+
+def whole_text_traffic(shape: StepShape, text: int, degrees: Degrees, rank: int) -> Traffic:
+    """Of a joint attention that keeps `text` of the tokens on every rank, to compare with cutting them like the others.
+
+    Only image tokens travel to their heads and around the ring; after attention every Ulysses rank needs the text's
+    result of every head. What this does not show: each rank then runs all rows of text through every linear layer.
+    """
+    alone = step_traffic(replace(shape, tokens=shape.tokens - text), degrees, rank)
+    heads = shares(shape.heads, degrees.ulysses)[rank % degrees.ulysses]
+    split = degrees.cfg == 2 and shape.branches == 2
+    batch = shape.batch * (1 if split else shape.branches)
+    gathered = batch * shape.layers * shape.head_dim * shape.item_bytes * text * heads * (degrees.ulysses - 1)
+    return replace(alone, ulysses=alone.ulysses + gathered)

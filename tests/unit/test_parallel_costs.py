@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from safelight.configs.parallel import Degrees, WantedDegrees
 from safelight.configs.parallel_costs import H200, predict
-from safelight.configs.traffic import StepShape, step_traffic
+from safelight.configs.traffic import StepShape, step_traffic, whole_text_traffic
 from safelight.entrypoints.plan import find_model, show
 from safelight.runtime.errors import ConfigError
 
@@ -73,3 +75,41 @@ def test_the_plan_shows_layout_reasons_and_seconds(capsys: pytest.CaptureFixture
 def test_an_unknown_model_to_plan_for_is_named() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'Wan2\.1-T2V-14B'"):
         find_model("Wan2.1-14B")
+
+
+FLUX = StepShape(tokens=512 + 4096, heads=24, head_dim=128, layers=57, prediction_channels=64, branches=1)
+
+
+@pytest.mark.parametrize(("ulysses", "cut_sends_less"), [(2, False), (4, False), (8, True)])
+def test_text_that_is_cut_sends_less_than_whole_text_from_many_ulysses_ranks_on(
+    ulysses: int, cut_sends_less: bool
+) -> None:
+    degrees = Degrees(1, 1, ulysses)
+    cut = max(step_traffic(FLUX, degrees, rank).ulysses for rank in range(ulysses))
+    whole = max(whole_text_traffic(FLUX, 512, degrees, rank).ulysses for rank in range(ulysses))
+    assert (cut < whole) == cut_sends_less
+    assert whole_text_traffic(FLUX, 0, degrees, 0) == step_traffic(FLUX, degrees, 0)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 8])
+@pytest.mark.parametrize("model", ["builtin", "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "five heads", "tiny"])
+def test_every_model_has_a_plan(model: str, num_gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = {"five heads": 5, "tiny": 2}.get(model)
+    if heads is not None:
+        model = str(tmp_path)
+        for name in ("model_index", "transformer/config", "vae/config", "text_encoder/config"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            builtin = json.loads((find_model("builtin").root / f"{name}.json").read_text())
+            changed = {"num_attention_heads": heads} if name == "transformer/config" else {}
+            (tmp_path / f"{name}.json").write_text(json.dumps(builtin | changed))
+        (tmp_path / "scheduler").mkdir()
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "UniPCMultistepScheduler"}')
+    show(model, num_gpus, True)
+    plan = json.loads(capsys.readouterr().out)
+    assert math.prod(plan["degrees"].values()) == num_gpus
+    assert len(plan["why"]) == 4
+    assert plan["step"]["seconds"] > 0
+    show(model, num_gpus, False)
+    text = capsys.readouterr().out
+    assert all(line in text for line in plan["why"])
+    assert ("one GPU is faster" in text) == (plan["step"]["seconds"] > plan["alone"]["seconds"])

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""What ranks gain by sharing a text encoder, and what cutting a joint attention's text sends.
+
+    PYTHONPATH=src python scripts/bench_sharing.py --encoder [--ranks 2] [--device cuda --size xxl]
+    PYTHONPATH=src python scripts/bench_sharing.py --joint            # the table of docs/parallelism.md, no model
+
+The encoder has random weights. Ways: one rank encodes both prompts; tp x sets as in configs/encoder_parallel.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from safelight.configs.encoder_parallel import TOKENS, EncoderShape, EncoderShares, choose_encoder_shares
+from safelight.configs.parallel import Degrees
+from safelight.configs.traffic import StepShape, step_traffic, whole_text_traffic
+
+SIZES = {  # layers, heads, width, head dim, d_ff, vocabulary
+    "small": (8, 12, 768, 64, 2048, 32128),
+    "xxl": (24, 64, 4096, 64, 10240, 256384),
+}
+JOINT = {  # text tokens, and a step of one state
+    "FLUX.1 1024x1024": (512, StepShape(512 + 4096, 24, 128, 57, 64, branches=1)),
+    "Qwen-Image 1328x1328": (256, StepShape(256 + 6889, 24, 128, 60, 64, branches=2)),
+}
+
+
+def joint() -> None:
+    print("| model, text tokens | ring x ulysses | text cut: MB, rows a rank | text whole: MB, rows a rank |")
+    print("|---|---|---|---|")
+    for name, (text, shape) in JOINT.items():
+        for ring, ulysses in ((1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (2, 4)):
+            degrees = Degrees(1, ring, ulysses)
+            ranks = range(degrees.world_size)
+            cut = max(step_traffic(shape, degrees, rank).total for rank in ranks) / 1e6
+            whole = max(whole_text_traffic(shape, text, degrees, rank).total for rank in ranks) / 1e6
+            rows, more = -(-shape.tokens // degrees.sp), text + -(-(shape.tokens - text) // degrees.sp)
+            print(f"| {name}, {text} | {ring}x{ulysses} | {cut:,.0f}, {rows:,} | {whole:,.0f}, {more:,} |")
+
+
+def rank_main(rank: int, world: int, folder: str, args: Any, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from safelight.runtime.models.encoders.umt5 import load_umt5
+    from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
+
+    torch.set_num_threads(1)
+    device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    assert dist.group.WORLD is not None
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    prompts = [tuple(range(2, 2 + TOKENS)), tuple(range(3, 3 + TOKENS))]
+    ways: list[tuple[int, int] | None] = [None]
+    ways += sorted({(tp, sets) for tp in range(1, world + 1) if world % tp == 0 for sets in (1, world // tp)})
+    for way in ways:
+        mesh = ParallelMesh.single() if way is None else build_mesh(dist.group.WORLD, 1, 1, world, encoder=way)
+        encoder, times = load_umt5(Path(folder), device, dtype, mesh), []
+        with torch.inference_mode():
+            for _ in range(args.runs + 1):
+                dist.barrier()
+                start = time.perf_counter()
+                if way is not None or rank == 0:
+                    encoder.encode(prompts)
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+        held = sum(p.numel() * p.element_size() for p in encoder.module.parameters())
+        if rank == 0:
+            results.put((way, statistics.median(times[1:]), held))
+    dist.destroy_process_group()
+
+
+def write_encoder(folder: Path, size: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers.models.umt5.configuration_umt5 import UMT5Config
+    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+
+    layers, heads, width, dim, d_ff, vocabulary = SIZES[size]
+    config = UMT5Config(vocab_size=vocabulary, d_model=width, d_kv=dim, d_ff=d_ff, num_layers=layers, num_heads=heads)
+    with torch.device("meta"):
+        module = UMT5EncoderModel(config)
+    names = {n: p.shape for n, p in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    dtype = torch.bfloat16 if size == "xxl" else torch.float32
+    save_file({n: torch.randn(shape, dtype=dtype) * 0.02 for n, shape in names.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(config.to_json_string(use_diff=False))
+
+
+def encoder(args: Any) -> None:
+    layers, heads, width, dim, d_ff, vocabulary = SIZES[args.size]
+    shape = EncoderShape(layers, heads, width, heads * dim, d_ff, vocabulary)
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        write_encoder(Path(folder), args.size)
+        ranks = [
+            context.Process(target=rank_main, args=(rank, args.ranks, folder, args, results))
+            for rank in range(args.ranks)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            raise SystemExit("a rank failed")
+    print(f"{args.size}, {args.ranks} ranks on {args.device}, two prompts of {TOKENS} tokens")
+    print("| tp x sets | ms | MB a rank |\n|---|---|---|")
+    while not results.empty():
+        way, seconds, held = results.get()
+        print(f"| {'one rank' if way is None else f'{way[0]}x{way[1]}'} | {seconds * 1e3:.1f} | {held / 1e6:,.0f} |")
+    chosen: EncoderShares = choose_encoder_shares(None, shape, args.ranks, args.device)
+    print(f"chosen without --tp-size: {chosen.tp}x{chosen.sets}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sharing a text encoder, and a joint attention's text.")
+    parser.add_argument("--encoder", action="store_true", help="measure every way of sharing a text encoder")
+    parser.add_argument("--joint", action="store_true", help="print bytes and rows of both ways to keep text")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    args = parser.parse_args()
+    if args.joint:
+        joint()
+    if args.encoder:
+        encoder(args)
+    if not (args.joint or args.encoder):
+        parser.error("one of --encoder and --joint is needed")
+
+
+if __name__ == "__main__":
+    main()
