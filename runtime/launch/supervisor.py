@@ -47,7 +47,7 @@ HANG_S = 30.0  # of scheduler or output, whatever the kernel says
 MAX_FAILED_STARTS = 3  # of a group or child in a row that never came up, before it is given up
 MAX_DEATHS = 20  # of a child within DEATHS_S: it dies of something that starting again does not mend
 DEATHS_S = 60.0
-DRAIN_SAVING_S = 7.0  # the scheduler takes up to 5 s after the grace to save detached jobs
+DRAIN_SAVING_S = 120.0  # after the grace detached jobs are saved, which takes as long as the steps under way
 _FINAL_ERRORS = (ConfigError.code, ModelError.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
@@ -140,10 +140,15 @@ class Supervisor:
             return found
 
     def begin_drain(self, grace_s: float) -> None:
-        """Accepts nothing new; what runs may finish within the grace."""
+        """Accepts nothing new; what runs may finish within the grace. A second call sets another grace."""
         with self._changed:
-            self._drain_until = time.monotonic() + grace_s
+            self._drain_until, self._drain_told = time.monotonic() + grace_s, False
         os.eventfd_write(self._wake, 1)
+
+    @property
+    def drained(self) -> bool:
+        """Whether a drain is over: all has ended, or is saved."""
+        return self._drained
 
     def drain(self, grace_s: float) -> bool:
         """Drains and waits until nothing runs; False when work was left after the grace."""

@@ -31,7 +31,7 @@ from safelight.runtime.scheduler.records import History, TerminalRecord
 from safelight.runtime.scheduler.state import CoreConfig, State
 
 RECOVERY_S = 15.0  # how long a group of an earlier scheduler may take to show itself
-SAVING_S = 5.0
+SAVING_S = 5.0  # for the checkpoints, beside the plans that are under way when the grace ends
 
 
 class SchedulerCore:
@@ -98,7 +98,7 @@ class SchedulerCore:
         s = self.state
         if s.now >= s.drain_until and not s.stopped:
             _stop(s)
-        over = not s.jobs or (s.stopped and (not s.saving or s.now > s.drain_until + SAVING_S))
+        over = not s.jobs or (s.stopped and (not s.saving or s.now > s.saving_until))
         if over and s.journal_idle and not s.drained:
             s.drained = True
             s.to_supervisor(m.Drained())
@@ -107,6 +107,8 @@ class SchedulerCore:
 def _stop(s: State) -> None:
     """The grace is over: attached jobs end, detached ones are saved where they stand and go on at the next start."""
     s.stopped = True
+    under_way = max((sum(o.predicted_ms for o in g.outstanding) for g in s.groups.values()), default=0.0)
+    s.saving_until = s.now + SAVING_S + 2 * under_way / 1000
     for job in list(s.jobs.values()):
         run = job.run
         if job.attached:

@@ -117,7 +117,8 @@ def _given_up(s: State, g: Group, error: m.ErrorInfo) -> None:
     release_awaiting(s, g.id)
     if all(other.phase == "given up" for other in s.groups.values()):
         for job in list(s.jobs.values()):
-            lifecycle.end(s, job, m.Status.FAILED, error)
+            if job.attached:  # detached ones go on at the next start, perhaps on a better machine
+                lifecycle.end(s, job, m.Status.FAILED, error)
 
 
 def release_awaiting(s: State, group: int, through_epoch: float = math.inf) -> None:

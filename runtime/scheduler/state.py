@@ -130,6 +130,7 @@ class State:
     draining: bool = False
     drain_until: float = 0.0
     stopped: bool = False  # the grace is over: nothing more is planned
+    saving_until: float = 0.0
     saving: set[tuple[str, int]] = field(default_factory=set)  # attempts whose last checkpoint is being written
     leftovers: dict[Attempt, tuple[int, list[str]]] = field(default_factory=dict)  # files that a group may still read
     drained: bool = False

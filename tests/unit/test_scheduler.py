@@ -321,6 +321,37 @@ def test_a_group_given_up_fails_all_jobs_only_when_it_was_the_last() -> None:
     assert ask(world, m.Submit("b", "me", make_request())).error.code == "worker_lost"
 
 
+def test_detached_jobs_outlive_the_last_group() -> None:
+    world = settled()
+    world.submit("a", make_request(), attached=False)
+    for rank in world.ranks[0]:
+        rank.alive = False
+    world.feed(SupervisorSaid(m.GroupGivenUp(0, m.ErrorInfo("startup_error", "no device"))))
+    world.sweep()
+    assert "a" in world.core.state.jobs
+    assert "a" not in world.published
+
+
+def test_the_saving_after_a_grace_waits_for_the_long_plans_under_way() -> None:
+    world = settled(checkpoint_every=0)
+    world.submit("a", make_request(steps=50), attached=False)
+    for _ in range(6):
+        world.sweep()
+    state = world.core.state
+    outstanding = state.groups[0].outstanding
+    assert outstanding
+    for plan in outstanding:
+        plan.predicted_ms = 20_000.0  # two steps of a large model
+    world.feed(SupervisorSaid(m.Drain(0.0)))
+    for _ in range(30):  # seconds in which the worker still computes
+        world.tick()
+    assert not world.drained
+    for _ in range(10):
+        world.sweep()
+    assert world.drained
+    assert state.jobs["a"].checkpoint is not None
+
+
 def test_drain_refuses_new_jobs_finishes_the_others_and_says_so() -> None:
     world = settled()
     world.submit("a", make_request())
