@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from safelight.configs.options import check_options, flag, option
@@ -25,6 +26,8 @@ class GenerateArgs:
     save_output: bool = option(True, "keep the result as a file")
     return_frames: bool = option(False, "also write the raw frames, as .npy beside the result")
     json: bool = option(False, "one JSON object a line on stdout, for machines")
+    prompt_slice: str | None = option(None, "I/N: only every N-th job of --prompt-path, from the I-th (0 to N-1) on")
+    resume: bool = option(False, "go on with the run that --state-dir holds; without one there, start it")
 
     def __post_init__(self) -> None:
         check_options(self, ConfigError)
@@ -37,6 +40,9 @@ class GenerateArgs:
                 "folder is --output-path",
                 param="output_file_name",
             )
+        if self.prompt_slice is not None and self.prompt_path is None:
+            raise ConfigError("--prompt-slice takes jobs from --prompt-path FILE; give that too", param="prompt_slice")
+        _ = self.slice
         if self.output_quality is not None and self.output_quality > 100:
             raise ConfigError(
                 f"--output-quality: at most 100 expected, got {self.output_quality}", param="output_quality"
@@ -47,6 +53,20 @@ class GenerateArgs:
                 f"--output-format {self.output_format} contradicts --output-file-name {name}; drop one of them",
                 param="output_format",
             )
+
+    @property
+    def slice(self) -> tuple[int, int]:
+        """(first, every) of the lines of --prompt-path. Raises ConfigError for anything but I/N with I < N."""
+        if self.prompt_slice is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.prompt_slice)
+        first, every = (int(match[1]), int(match[2])) if match else (0, 0)
+        if first >= every:
+            raise ConfigError(
+                f"--prompt-slice: I/N with I from 0 to N-1 expected, got {self.prompt_slice!r}; the first of 4 is 0/4",
+                param="prompt_slice",
+            )
+        return first, every
 
     def _named_format(self) -> str | None:
         stem, _, extension = (self.output_file_name or "").rpartition(".")

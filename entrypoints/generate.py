@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from safelight.configs.families import ModelSpec, identify
@@ -16,12 +17,14 @@ from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints.client import Client, error_of
-from safelight.entrypoints.interrupts import Interrupted, Interrupts
+from safelight.entrypoints.interrupts import PREEMPTED, Interrupted, Interrupts
 from safelight.entrypoints.jobs import Job, check_jobs, read_jobs, requests, unknown_words
+from safelight.entrypoints.kept_run import KeptRun
 from safelight.entrypoints.progress import JsonReporter, PlainReporter, Reporter
-from safelight.entrypoints.saving import file_name, prepare_folder, save
+from safelight.entrypoints.saving import file_name, prepare_folder, save, save_again
 from safelight.runtime import hub, logs
-from safelight.runtime.errors import JobFailed, SafelightError, StartupError, WorkerLost
+from safelight.runtime.errors import ConfigError, JobFailed, Overloaded, SafelightError, StartupError, WorkerLost
+from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.specs import check_layout
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Event, GenerationRequest, Status
@@ -29,19 +32,26 @@ from safelight.runtime.ulid import new_ulid
 
 _POLL_S = 0.5
 _CANCEL_S = 1.0
-_SUBMIT_TRIES = 60  # of a second: a scheduler that is started again answers well within
+_TRY_S, _TRIES = 1.0, 60  # a scheduler that is started again answers well within
 
 
 def run(params: SamplingParams, files: GenerateArgs, args: ServerArgs) -> int:
-    """The exit code: 0, 1 when a job failed, 130 after Ctrl-C. Raises SafelightError when nothing could be run."""
+    """The exit code: 0, 1 when a job failed, 75 and 130 after signals. Raises SafelightError when nothing was run."""
+    if files.resume and args.state_dir is None:
+        raise ConfigError("--resume needs the --state-dir of the run that it goes on with", param="resume")
+    if args.state_dir is not None:  # the journal has paths below it
+        args = dataclasses.replace(args, state_dir=str(Path(args.state_dir).absolute()))
     logs.configure("generate", args.log_level)
     reporter = make_reporter(files.json)
     try:
         with Interrupts() as interrupts:
             return _Run(files, args, reporter).run(params, interrupts)
     except Interrupted as interrupted:
-        reporter.note("stopped; unfinished jobs were cancelled")
-        return interrupted.exit_code
+        if args.state_dir is None:
+            reporter.note("stopped; unfinished jobs were cancelled")
+            return interrupted.exit_code
+        reporter.note(f"stopped; --resume with --state-dir {args.state_dir} goes on with what is unfinished")
+        return PREEMPTED if interrupted.number == signal.SIGTERM else interrupted.exit_code
     finally:
         reporter.close()
 
@@ -65,27 +75,32 @@ class _Run:
         self._folder = Path(files.output_path)
         self._paths: list[Path] = []
         self._failed = 0
+        self._kept = KeptRun(Path(args.state_dir), files.resume) if args.state_dir else None
 
     def run(self, params: SamplingParams, interrupts: Interrupts) -> int:
         """Everything up to the exit code. Raises Interrupted after the processes have stopped."""
         started = time.monotonic()
         spec, args, jobs = self._check(params)
-        server = Supervisor(args, spec.root, max(job.chunk_bytes for job in jobs))
-        try:
-            server.start()
-            made = list(requests(spec, jobs))  # while the processes start
-            server.wait_ready(args.startup_timeout_s, lambda phase: self._reporter.phase(f"workers: {phase}"))
-            interrupts.drain_on_terminate()
-            self._follow(server, deque(zip(jobs, made, strict=True)), interrupts)
-        finally:
-            interrupts.then_call(lambda: _kill(server))
-            server.stop()
+        jobs = [job for job in jobs if not self._ended_before(job)]
+        if jobs:
+            server = Supervisor(args, spec.root, max(job.chunk_bytes for job in jobs))
+            try:
+                server.start()
+                made = list(requests(spec, jobs))  # while the processes start
+                server.wait_ready(args.startup_timeout_s, lambda phase: self._reporter.phase(f"workers: {phase}"))
+                interrupts.drain_on_terminate(always=self._kept is not None)
+                self._follow(server, deque(zip(jobs, made, strict=True)), interrupts)
+            finally:
+                interrupts.then_call(lambda: _kill(server))
+                server.stop()
         self._reporter.finish(self._paths, self._failed, time.monotonic() - started)
         return 1 if self._failed else 0
 
     def _check(self, params: SamplingParams) -> tuple[ModelSpec, ServerArgs, list[Job]]:
         """All that can be wrong is found here, before any process starts. Raises SafelightError."""
         found = read_jobs(params, self._files)
+        if self._kept:
+            found = self._kept.seeded(found)
         root = hub.resolve(self._args.model_path, quiet=self._files.json)
         args = self._args
         if args.vae_path is not None:
@@ -95,6 +110,10 @@ class _Run:
         spec = identify(root)
         check_layout(args, root)
         jobs = check_jobs(spec, found, self._files)
+        if self._kept:
+            self._kept.match(_settings(spec.root, args), jobs)
+        if not jobs:
+            self._reporter.note(f"note: --prompt-slice {self._files.prompt_slice}: no job of the file is in it")
         if self._files.save_output:
             prepare_folder(self._folder)
         unknown = {word for job in jobs for word in unknown_words(root, job.params.prompt)}
@@ -111,35 +130,53 @@ class _Run:
         A SIGTERM drains: nothing more is submitted, what was submitted may finish within --drain-grace-s.
         """
         running: dict[str, Job] = {}
-        deadline: float | None = None
+        told, deadline, over = 0, 0.0, False  # SIGTERMs that were answered
         with Client(server.endpoints) as client:
             try:
-                while waiting or running:
-                    if interrupts.draining and deadline is None:
-                        deadline = time.monotonic() + self._args.drain_grace_s
-                        waiting.clear()
-                        server.begin_drain(self._args.drain_grace_s)
-                    if deadline is not None and time.monotonic() > deadline:
-                        raise Interrupted(signal.SIGTERM)
-                    while waiting and len(running) < self._args.max_queue:
-                        job, request = waiting.popleft()
-                        try:
-                            running[_submit(client, server, request)] = job
-                        except StartupError:
-                            raise
-                        except SafelightError as error:
-                            self._end(job, error, [])
-                    for event in client.poll(_POLL_S):
+                if self._kept:
+                    _answered(server, lambda: client.status(_TRY_S))  # so the journal is this server's
+                    self._kept.begin()
+                while (waiting or running) and not over:
+                    if interrupts.terminations > told:
+                        grace = 0.0 if told else self._args.drain_grace_s
+                        told, deadline = interrupts.terminations, time.monotonic() + grace
+                        server.begin_drain(grace)
+                    while not told and waiting and len(running) < self._args.max_queue:
+                        self._submit(client, server, running, *waiting.popleft())
+                    events = client.poll(_POLL_S)
+                    for event in events:
                         self._note(running, event)
                     if server.failure:
                         raise server.failure
-                if interrupts.draining:
+                    ended = server.drained and not events if self._kept else time.monotonic() > deadline
+                    over = told > 0 and (not running or ended)
+                if told and (waiting or running or not self._kept):
                     raise Interrupted(signal.SIGTERM)
             except Interrupted:
-                with contextlib.suppress(SafelightError):
-                    for name in running:
-                        client.cancel(name, _CANCEL_S)
+                self._leave(client, server, running)
                 raise
+
+    def _submit(
+        self, client: Client, server: Supervisor, running: dict[str, Job], job: Job, request: GenerationRequest
+    ) -> None:
+        """Submits a job under one id until that is answered; a kept run's goes on without a client's lease."""
+        name, attached = (self._kept.id_of(job), False) if self._kept else (new_ulid(), True)
+        try:
+            _answered(server, lambda: client.submit(request, job=name, attached=attached, timeout_s=_TRY_S))
+            running[name] = job
+        except StartupError:
+            raise
+        except SafelightError as error:
+            self._end(job, error, [])
+
+    def _leave(self, client: Client, server: Supervisor, running: dict[str, Job]) -> None:
+        """Before the processes stop: jobs of a kept run are saved where they stand, others are cancelled."""
+        if self._kept:
+            server.drain(0.0)
+            return
+        with contextlib.suppress(SafelightError):
+            for name in running:
+                client.cancel(name, _CANCEL_S)
 
     def _note(self, running: dict[str, Job], event: Event) -> None:
         job = running[event.job]
@@ -160,29 +197,52 @@ class _Run:
         self._end(job, error, paths)
 
     def _save(self, job: Job, event: Event) -> list[Path]:
-        paths = []
+        paths: list[Path] = []
         for artifact in event.artifacts:
             name = file_name(self._files, job.params, job.media.format.value, artifact.index)
-            saved, frames = save(artifact, self._folder, name)
+            if self._kept and self._kept.resumed:
+                saved, frames = save_again(artifact, self._folder, name, self._kept.saved_paths() | {*paths})
+            else:
+                saved, frames = save(artifact, self._folder, name)
             paths += [saved, frames] if frames else [saved]
         return paths
 
     def _end(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
+        if self._kept and not isinstance(error, Overloaded | WorkerLost):  # which are not the job's own
+            self._kept.record(job, error, paths)
+        self._tell(job, error, paths)
+
+    def _ended_before(self, job: Job) -> bool:
+        """Whether a job ended in the run that is resumed; then that is told again."""
+        result = self._kept.result_of(job) if self._kept else None
+        if result is not None:
+            self._tell(job, result.raised(), [Path(path) for path in result.paths])
+        return result is not None
+
+    def _tell(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         self._failed += error is not None
         self._paths += paths
         self._reporter.ended(job, error, paths)
 
 
-def _submit(client: Client, server: Supervisor, request: GenerationRequest) -> str:
-    """Submits under one id until answered; a server that has failed will not answer."""
-    job = new_ulid()
-    for _ in range(_SUBMIT_TRIES - 1):
+def _answered(server: Supervisor, ask: Callable[[], object]) -> None:
+    """Asks until answered; a server that has failed will not answer."""
+    for _ in range(_TRIES - 1):
         try:
-            return client.submit(request, job=job, timeout_s=1.0)
+            ask()
         except WorkerLost:
             if server.failure:
                 raise server.failure from None
-    return client.submit(request, job=job, timeout_s=1.0)
+        else:
+            return
+    ask()
+
+
+def _settings(root: Path, args: ServerArgs) -> dict[str, str]:
+    """What else the pictures depend on: a run that goes on must have the same."""
+    found = {"model": hub.fingerprint(root), "device": resolve_device(args.device, 1)}
+    found |= {"dit_precision": args.dit_precision, "vae_precision": args.vae_precision}
+    return found | {"vae": hub.fingerprint(Path(args.vae_path)) if args.vae_path else "of the model"}
 
 
 def _kill(server: Supervisor) -> None:

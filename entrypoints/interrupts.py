@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+PREEMPTED = os.EX_TEMPFAIL  # 75: stopped by SIGTERM with work left that --resume goes on with
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -15,18 +17,19 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__()
+        self.number = number
         self.exit_code = 128 + number
 
 
 class Interrupts:
     """Inside, SIGINT, SIGTERM and SIGHUP raise Interrupted, until `then_call` names what they do instead.
 
-    After `drain_on_terminate` the first SIGTERM only sets `draining`: what runs may finish within a grace.
+    After `drain_on_terminate` the first SIGTERM only counts in `terminations`: what runs may finish within a grace.
     """
 
     def __init__(self) -> None:
-        self.draining = False
-        self._drains = False
+        self.terminations = 0
+        self._drains = self._patient = False
         self._action: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
 
@@ -34,14 +37,15 @@ class Interrupts:
         """From now on a signal calls `action`: what is being cleaned up must not be interrupted."""
         self._action = action
 
-    def drain_on_terminate(self) -> None:
-        self._drains = True
+    def drain_on_terminate(self, *, always: bool = False) -> None:
+        """`always`: later SIGTERMs only count as well: a cluster sends several, and none may keep a state from disk."""
+        self._drains, self._patient = True, always
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._action is not None:
             self._action()
-        elif number == signal.SIGTERM and self._drains and not self.draining:
-            self.draining = True
+        elif number == signal.SIGTERM and self._drains and (self._patient or not self.terminations):
+            self.terminations += 1
         else:
             raise Interrupted(number)
 

@@ -34,7 +34,10 @@ class Job:
 
 
 def read_jobs(params: SamplingParams, files: GenerateArgs) -> list[tuple[str, SamplingParams]]:
-    """Where each job comes from ("" or "FILE line N: ") and its parameters. Raises ConfigError, InvalidRequest."""
+    """Where each job comes from ("" or "FILE line N: ") and its parameters; none for a slice beyond the last line.
+
+    Raises ConfigError, InvalidRequest.
+    """
     if bool(params.prompt.strip()) == (files.prompt_path is not None):
         found = "both" if files.prompt_path else "neither"
         raise ConfigError(f"one of --prompt and --prompt-path expected, got {found}", param="prompt")
@@ -45,14 +48,14 @@ def read_jobs(params: SamplingParams, files: GenerateArgs) -> list[tuple[str, Sa
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompt-path: {path} cannot be read: {error}", param="prompt_path") from error
-    jobs = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path} line {number}: "
-            with_origin = _at(where, lambda line=line: dataclasses.replace(params, **_line(line.strip())))
-            jobs.append((where, with_origin))
-    if not jobs:
+    filled = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
         raise ConfigError(f"--prompt-path: one prompt a line expected, {path} has none", param="prompt_path")
+    first, every = files.slice
+    jobs = []
+    for number, line in filled[first::every]:
+        where = f"{path} line {number}: "
+        jobs.append((where, _at(where, lambda line=line: dataclasses.replace(params, **_line(line)))))
     return jobs
 
 

@@ -115,7 +115,7 @@ class PlainReporter:
 
     def finish(self, paths: list[Path], failed: int, seconds: float) -> None:
         self.close()
-        unsaved = "" if paths or failed else ", nothing saved (--no-save-output)"
+        unsaved = "" if paths or failed else ", nothing saved"
         print(f"{f'{failed} failed, ' if failed else ''}{seconds:.1f} s{unsaved}", file=self._log, flush=True)
         for path in paths:
             print(path, file=self._out, flush=True)

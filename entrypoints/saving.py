@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import filecmp
+import hashlib
+import itertools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from safelight.configs.generate_args import GenerateArgs
@@ -51,6 +54,38 @@ def save(artifact: Artifact, folder: Path, name: str) -> tuple[Path, Path | None
         return saved, _move(Path(frames), folder, saved.stem + ".npy") if frames else None
     except OSError as error:
         raise JobFailed(f"the result cannot be saved in {folder}: {error}") from error
+
+
+def save_again(artifact: Artifact, folder: Path, name: str, taken: Set[Path]) -> tuple[Path, Path | None]:
+    """`save` after a run that may have been killed in the middle of it: what it saved already is found, not doubled.
+
+    `taken` are files of other results. Raises JobFailed.
+    """
+    saved = next((p for p in _present(folder, name) if p.absolute() not in taken and _is(p, artifact)), None)
+    if saved is None:
+        return save(artifact, folder, name)
+    try:
+        Path(artifact.path).unlink(missing_ok=True)
+        if artifact.frames_path is None:
+            return saved, None
+        source, frames = Path(artifact.frames_path), saved.with_suffix(".npy")
+        if source.exists() and frames.exists() and filecmp.cmp(source, frames, shallow=False):
+            source.unlink()
+        return saved, frames if not source.exists() else _move(source, folder, frames.name)
+    except OSError as error:
+        raise JobFailed(f"the result cannot be saved in {folder}: {error}") from error
+
+
+def _present(folder: Path, name: str) -> Iterator[Path]:
+    return itertools.takewhile(Path.exists, (folder / candidate for candidate in _names(name)))
+
+
+def _is(path: Path, artifact: Artifact) -> bool:
+    with path.open("rb") as file:
+        return (
+            path.stat().st_size == artifact.nbytes
+            and hashlib.file_digest(file, "sha256").hexdigest() == artifact.sha256
+        )
 
 
 def _names(name: str) -> Iterator[str]:

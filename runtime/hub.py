@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,7 @@ from safelight.runtime.errors import ModelError
 
 # Weights are safetensors only, so nothing that is downloaded can execute code.
 ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer*/*.txt", "tokenizer*/*.model", "LICENSE*", "README.md")
+_SAMPLE = 1 << 20  # bytes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -43,6 +45,23 @@ def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False)
             raise ModelError(f"model directory expected at {path}, none is there; check {flag}", param=param)
         return path.resolve()
     return download(text, param, quiet=quiet)
+
+
+def fingerprint(root: Path) -> str:
+    """A sha256 that tells the model in one directory from another, wherever that is.
+
+    Of the names and sizes of all files, the content of the small ones, and head and tail of the weights, which hold
+    the names, shapes and last tensors: a hash of all weights would take minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(found for found in root.rglob("*") if found.suffix in (".json", ".safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(file.tell(), size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def download(
