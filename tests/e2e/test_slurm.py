@@ -138,8 +138,10 @@ def test_a_job_told_to_stop_and_then_preempted_makes_the_same_picture(user: Subm
 
 
 def test_a_cancelled_job_stays_cancelled_and_another_goes_on_with_it(user: Submitter, array: dict[str, bytes]) -> None:
-    flags = ("--prompt", "a dog", "--num-inference-steps", str(LONG["num_inference_steps"]), "--seed", "8")
-    flags += ("--drain-grace-s", "0", "--output-path", "cancelled")
+    flags = (
+        "--prompt", "a dog", "--num-inference-steps", str(LONG["num_inference_steps"]), "--seed", "8",
+        "--drain-grace-s", "0", "--output-path", "cancelled",
+    )  # fmt: skip
     state = str(user.folder / "kept")
     job = user.script("generate", *flags, SAFELIGHT_STATE_DIR=state)
     user.at_step(job, 150)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -114,6 +115,8 @@ class SlurmCluster:
         """Ends jobs and daemons, the controller last but munged."""
         self.ask("scancel", "--signal=KILL", "--full", "--state=RUNNING", "--user=root")
         self.ask("scancel", "--user=root")
+        with contextlib.suppress(CannotStart):
+            _wait(lambda: not self.ask("squeue", "-h"), 15, self._why)
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
             try:

@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "slurm"
 NAMES = ("generate", "serve", "array")
 PROGRAM = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>calls
+[[ $1 != keys ]] || exit 0
 [[ $STUB_EXIT == term ]] || exit "$STUB_EXIT"
 trap 'echo terminated >>calls; exit 75' TERM
 touch ready
@@ -162,7 +163,11 @@ def test_several_nodes_run_torchrun_on_each(job: Job) -> None:
         "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-id 42 --rdzv-backend c10d"
     )
     assert " --rdzv-endpoint 10.0.0.7:20042 -m safelight.entrypoints.worker generate --state-dir " in command
-    assert command.endswith("--num-gpus 16 --prompt x")
+    state = f"{job.folder}/safelight-state/42"
+    assert command.endswith(f"--num-gpus 16 --prompt x --keys {state}/keys")
+    assert f"safelight keys {state}/keys" in job.calls
+    assert job.run("generate", "--prompt", "x", "--keys", "k", SLURM_NNODES="2") == 0
+    assert job.calls[-1].endswith("--num-gpus 2 --prompt x --keys k")
 
 
 def test_on_several_nodes_slurm_signals_the_steps(job: Job) -> None:
