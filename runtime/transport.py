@@ -3,10 +3,12 @@
 A message is one envelope frame, `SL1 | crc32 of the payload | msgpack payload`, followed by any number of raw frames
 (media of a remote worker). About 6 % of bit-flipped msgpack payloads still decode, hence the checksum. Sends never
 block: a peer without a route, or one whose queue is full, is a `PeerUnreachable`. Sockets belong to one thread.
+Endpoints are ipc, or tcp with CURVE (`runtime/curve.py`): a tcp socket without keys is refused.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,13 +18,19 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
+from safelight.runtime.curve import CurveKeys
 from safelight.runtime.errors import ConfigError, ProtocolError, SafelightError, StartupError
 
 MAGIC = b"SL1\x00"
 MAX_MESSAGE_BYTES = 1 << 30
 QUEUE_LENGTH = 10_000
 _HEADER = struct.Struct(">4sI")
+_FAILED_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -78,6 +86,10 @@ class Channel(Generic[T]):
     def __init__(self, socket: zmq.Socket[bytes], receives: Any) -> None:
         self.socket = socket
         self.refused = 0  # malformed messages dropped by receive_all
+        self.handshakes_failed = 0  # on tcp: connections refused for their keys, noticed by receive_all
+        self._monitor: zmq.Socket[bytes] | None = None
+        if socket.mechanism == zmq.CURVE:
+            self._monitor = socket.get_monitor_socket(_FAILED_HANDSHAKES)
         self._router = socket.type == zmq.ROUTER
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
 
@@ -107,6 +119,8 @@ class Channel(Generic[T]):
 
     def receive_all(self, limit: int = 1000) -> Iterator[Received[T]]:
         """Up to `limit` waiting messages; malformed ones are counted in `refused` and dropped."""
+        if self._monitor is not None:
+            self._note_handshakes(self._monitor)
         for _ in range(limit):
             try:
                 received = self.receive()
@@ -117,7 +131,18 @@ class Channel(Generic[T]):
                 return
             yield received
 
+    def _note_handshakes(self, monitor: zmq.Socket[bytes]) -> None:
+        while monitor.poll(0):
+            event = recv_monitor_message(monitor)
+            self.handshakes_failed += 1
+            side = "listening on" if self._router else "connecting to"
+            log.error("%s %s: a connection was refused, the keys do not match", side, event["endpoint"].decode())
+
     def close(self) -> None:
+        if self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor.close(0)
+            self._monitor = None
         self.socket.close()
 
     def __enter__(self) -> Channel[T]:
@@ -129,40 +154,72 @@ class Channel(Generic[T]):
         self.close()
 
 
-def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> zmq.Socket[bytes]:
-    if not endpoint.startswith(("ipc://", "inproc://")):
-        raise ConfigError(f"endpoint expected to start with ipc:// or inproc://, got {endpoint!r}")
+def is_tcp(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://")
+
+
+def _socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str, keys: CurveKeys | None
+) -> zmq.Socket[bytes]:
+    if not endpoint.startswith(("ipc://", "inproc://", "tcp://")):
+        raise ConfigError(f"endpoint expected to start with ipc://, inproc:// or tcp://, got {endpoint!r}")
+    if is_tcp(endpoint) and keys is None:
+        raise ConfigError(
+            f"{endpoint}: tcp needs keys, so that only known hosts connect; make them with `safelight keys DIR` and pass "
+            "--keys DIR",
+            param="keys",
+        )
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 500)
     socket.setsockopt(zmq.SNDHWM, QUEUE_LENGTH)
     socket.setsockopt(zmq.RCVHWM, QUEUE_LENGTH)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    if is_tcp(endpoint) and keys is not None:
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     return socket
 
 
-def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, receives: Any) -> Channel[Any]:
+def bind_router(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, receives: Any, keys: CurveKeys | None = None
+) -> Channel[Any]:
     """A ROUTER that refuses unroutable sends; a peer that connects again under its identity takes it over.
 
-    Raises StartupError when the endpoint is taken or its folder is not writable.
+    On tcp it admits the clients of `keys.allowed`: the context needs a `curve.Gatekeeper`. Raises StartupError when the
+    endpoint is taken or its folder is not writable, ConfigError for tcp without a server's keys.
     """
-    socket = _socket(context, zmq.ROUTER, endpoint)
+    socket = _socket(context, zmq.ROUTER, endpoint, keys)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if is_tcp(endpoint):
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.ZAP_DOMAIN, b"safelight")
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a gatekeeper nobody gets in
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
-        raise StartupError(f"cannot listen on {endpoint}: {error}; is another server using this folder?") from error
+        hint = "is the port taken, and the address this host's?" if is_tcp(endpoint) else "is another server using this folder?"
+        raise StartupError(f"cannot listen on {endpoint}: {error}; {hint}") from error
     return Channel(socket, receives)
 
 
 def connect_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, receives: Any, identity: bytes = b""
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    receives: Any,
+    identity: bytes = b"",
+    keys: CurveKeys | None = None,
 ) -> Channel[Any]:
-    """A DEALER; it reconnects by itself when the ROUTER's process is started again, queueing sends meanwhile."""
-    socket = _socket(context, zmq.DEALER, endpoint)
+    """A DEALER; it reconnects by itself when the ROUTER's process is started again, queueing sends meanwhile.
+
+    Raises ConfigError for tcp without a client's keys.
+    """
+    socket = _socket(context, zmq.DEALER, endpoint, keys)
     if identity:
         socket.setsockopt(zmq.IDENTITY, identity)
+    if is_tcp(endpoint) and keys is not None:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     socket.connect(endpoint)

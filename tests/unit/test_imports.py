@@ -17,7 +17,10 @@ ROOT = Path(next(iter(safelight.__path__)))
 
 # What may be imported by the modules below each prefix; the longest matching prefix counts. `lazy` holds what only the
 # functions of a module may import: `launch` imports each process's main inside the function that the child runs.
-LEAVES = ("configs", "runtime.errors", "runtime.messages", "runtime.transport", "runtime.logs", "runtime.slots")
+LEAVES = (
+    *("configs", "runtime.errors", "runtime.messages", "runtime.transport", "runtime.curve", "runtime.logs"),
+    "runtime.slots",
+)
 FRONT = (*LEAVES, "runtime.launch", "runtime.text", "runtime.hub", "runtime.ulid", "entrypoints")
 MODEL = ("configs", "runtime.errors", "runtime.messages", "runtime.pipelines", "runtime.samplers", "runtime.models")
 ALLOWED = {
@@ -28,7 +31,8 @@ ALLOWED = {
     "runtime.logs": (),
     "runtime.ulid": (),
     "runtime.hub": ("runtime.errors",),
-    "runtime.transport": ("runtime.errors",),
+    "runtime.transport": ("runtime.errors", "runtime.curve"),
+    "runtime.curve": ("runtime.errors",),
     "runtime.slots": ("runtime.errors", "runtime.messages"),
     "runtime.text": ("configs", "runtime.errors", "runtime.text"),
     "runtime.launch": (*LEAVES, "runtime.launch"),

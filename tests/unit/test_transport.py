@@ -86,4 +86,4 @@ def test_a_taken_or_foreign_endpoint_is_a_clear_error(wires: Wires) -> None:
     with pytest.raises(StartupError, match="another server"):
         wires.router()
     with pytest.raises(ConfigError, match="ipc://"):
-        wires.router("tcp://0.0.0.0:1")
+        wires.router("udp://0.0.0.0:1")
