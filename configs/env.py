@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
+from safelight.configs.network import check_interface
 from safelight.configs.options import did_you_mean
 from safelight.runtime.errors import ConfigError
 
@@ -14,12 +16,58 @@ FIELD_OF_VARIABLE = MappingProxyType(
         "SGLANG_DIFFUSION_TARGET_DEVICE": "device",
         "SGLANG_DIFFUSION_LOGGING_LEVEL": "log_level",
         "SAFELIGHT_DEVICE": "device",
+        "SAFELIGHT_INTERFACE": "interface",
+        "SAFELIGHT_KEYS": "keys",
         "SAFELIGHT_LOG_LEVEL": "log_level",
         "SAFELIGHT_MODEL_PATH": "model_path",
         "SAFELIGHT_OUTPUT_PATH": "output_path",
         "SAFELIGHT_STATE_DIR": "state_dir",
     }
 )
+
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True, slots=True)
+class TorchrunRank:
+    """What torchrun tells a process that it starts. Its restart count is of one agent, so it numbers nothing here."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    nodes: int
+    run: str
+    master_addr: str
+    master_port: int
+
+
+def torchrun_rank(environ: Mapping[str, str]) -> TorchrunRank:
+    """Raises ConfigError when torchrun did not start this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_PORT")
+    try:
+        rank, world_size, local_rank, local_world_size, nodes, port = (int(environ[name]) for name in names)
+        run, address = environ["TORCHELASTIC_RUN_ID"], environ["MASTER_ADDR"]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"a worker is started by torchrun, which sets RANK and others ({error} is missing or no number); "
+            "use `torchrun --nnodes N --nproc-per-node G ... -m safelight.entrypoints.worker`"
+        ) from error
+    return TorchrunRank(rank, world_size, local_rank, local_world_size, nodes, run, address, port)
+
+
+def interface_variables(name: str | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that bind gloo and NCCL to a network interface; none without one.
+
+    Raises ConfigError for an interface that is not there, or when the environment names another one.
+    """
+    if name is None:
+        return {}
+    check_interface(name)
+    for variable in _INTERFACE_VARIABLES:
+        if (found := environ.get(variable, name)) != name:
+            raise ConfigError(f"--interface {name} contradicts {variable}={found}; unset one", param="interface")
+    return dict.fromkeys(_INTERFACE_VARIABLES, name)
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, str]:

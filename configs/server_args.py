@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from safelight.configs.network import check_address, check_endpoint
 from safelight.configs.options import check_options, option
 from safelight.configs.parallel import WantedDegrees
 from safelight.runtime.errors import ConfigError
@@ -33,6 +34,13 @@ class ServerArgs:
     attention_backend: str = option(
         "auto", "attention kernels: torch's, or flash-attn's (fa)", choices=("auto", "torch_sdpa", "fa")
     )
+    worker_endpoint: str | None = option(
+        None,
+        "tcp://ADDRESS:PORT where ranks that torchrun started join, also on the two ports after it; unset: ranks are "
+        "started here",
+    )
+    keys: str | None = option(None, "folder of key files made by `safelight keys`, for tcp endpoints")
+    interface: str | None = option(None, "network interface of NCCL and gloo; unset: they choose")
     device: str = option("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
     dit_precision: str = option("auto", "of the transformer; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
     vae_precision: str = option("auto", "of the VAE; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
@@ -64,6 +72,10 @@ class ServerArgs:
                 f"{self.num_gpus}, --replicas {self.replicas}); each set of so many ranks holds one text encoder",
                 param="tp_size",
             )
+        if self.worker_endpoint is not None:
+            check_endpoint("worker_endpoint", self.worker_endpoint, self.keys)
+            if self.worker_port is not None:
+                check_address(self.worker_host.removeprefix("tcp://"))
 
     @property
     def wanted_degrees(self) -> WantedDegrees:
@@ -75,6 +87,17 @@ class ServerArgs:
             ring_degree=self.ring_degree,
             ulysses_degree=self.ulysses_degree,
         )
+
+    @property
+    def worker_host(self) -> str:
+        """`tcp://ADDRESS` of --worker-endpoint."""
+        return (self.worker_endpoint or "").rpartition(":")[0]
+
+    @property
+    def worker_port(self) -> int | None:
+        """None: workers are on this host only."""
+        tcp = self.worker_endpoint is not None and self.worker_endpoint.startswith("tcp://")
+        return int(self.worker_endpoint.rpartition(":")[2]) if tcp and self.worker_endpoint else None
 
     @property
     def group_size(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,10 @@ from safelight.entrypoints.flags import merged, with_flags
 from safelight.runtime.errors import Cancelled, ConfigError, InvalidRequest, ModelError, SafelightError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+CONTEXT: dict[str, Any] = {
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
 
 app = typer.Typer(
     name="safelight",
@@ -24,10 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={
-        "token_normalize_func": lambda name: name.replace("_", "-"),
-        "help_option_names": ["-h", "--help"],
-    },
+    context_settings=CONTEXT,
 )
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for machines")]
 
@@ -90,6 +92,20 @@ def doctor(
     raise typer.Exit(examine(json))
 
 
+@app.command()
+def keys(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder for them")]) -> None:
+    """Makes the key files by which hosts that talk over tcp know each other."""
+    from safelight.runtime.curve import make_keys
+
+    for path in make_keys(folder):
+        print(path)
+
+
+def command_names() -> list[str]:
+    """The commands of this command line."""
+    return list(typer.main.get_group(app).commands)
+
+
 def exit_code(error: SafelightError) -> int:
     """2 for what the caller wrote wrong, 130 for a cancelled run, 1 for everything else."""
     if isinstance(error, Cancelled):
@@ -100,9 +116,16 @@ def exit_code(error: SafelightError) -> int:
 
 def main() -> None:
     """Runs the command line; errors of ours are one line on stderr and an exit code, never a traceback."""
+    guarded(app)
+
+
+def guarded(run: Callable[[], Any], *, quiet: bool = False) -> None:
+    """Runs it; `quiet` leaves the telling of errors to another process that meets the same ones."""
     try:
-        app()
+        run()
     except SafelightError as error:
+        if quiet:
+            sys.exit(exit_code(error))
         if "--json" in sys.argv:
             failure = {"event": "error", "code": error.code, "message": error.message, "param": error.param}
             print(json_module.dumps(failure, ensure_ascii=False), flush=True)

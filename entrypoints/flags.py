@@ -27,6 +27,7 @@ def with_flags(panels: dict[str, type]) -> Callable[[Callable[..., None]], Calla
         own = [p for p in declared.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         made = [_parameter(field, kind, panel) for panel, config in panels.items() for field, kind in _fields(config)]
         command.__signature__ = declared.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        command.configs = tuple(panels.values())  # type: ignore[attr-defined]  # for `parsed`
         return command
 
     return decorate
@@ -39,6 +40,14 @@ def merged(given: dict[str, Any], config: Path | None, configs: Sequence[type]) 
     values |= load_config(config, configs) if config else {}
     values |= {name: value for name, value in given.items() if value is not None}
     return [{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values} for kind in configs]
+
+
+def parsed(app: typer.Typer, name: str, argv: Sequence[str]) -> list[tuple[type, dict[str, Any]]]:
+    """The values that a command made by `with_flags` would run with, by dataclass, without running it."""
+    command = typer.main.get_group(app).commands[name]
+    given = dict(command.make_context(name, list(argv)).params)
+    configs: tuple[type, ...] = command.callback.configs  # type: ignore[union-attr]
+    return list(zip(configs, merged(given, given.pop("config", None), configs), strict=True))
 
 
 def _fields(config: type) -> list[tuple[dataclasses.Field[Any], type]]:

@@ -38,7 +38,7 @@ class CurveKeys:
 
 
 def make_keys(folder: Path) -> list[Path]:
-    """Makes the folder with a server's and a client's keys and the allow list. Raises ConfigError; overwrites nothing."""
+    """Makes a server's and a client's keys and the allow list; overwrites nothing. Raises ConfigError."""
     if not zmq.has("curve"):
         raise ConfigError("this libzmq was built without CURVE; install pyzmq's own wheel")
     names = [f"{role}.key{kind}" for role in ("server", "client") for kind in ("", "_secret")]
@@ -83,7 +83,7 @@ def _pair(folder: Path, role: str) -> tuple[bytes, bytes]:
         raise ConfigError(f"key file {path} cannot be read: {error}", param="keys") from error
     if mode & _GROUP_AND_OTHERS:
         raise ConfigError(
-            f"key file {path} has mode {mode:04o}, so others may read it; make new keys, or `chmod 600` it if nobody did",
+            f"key file {path} has mode {mode:04o}: others may read it; make new keys, or `chmod 600` it if nobody did",
             param="keys",
         )
     if secret is None:

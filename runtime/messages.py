@@ -7,6 +7,7 @@ One tagged union per link and direction; the link table:
     plans                    scheduler ROUTER -> worker DEALER      ToWorker      (replies: FromWorker)
     decisions                scheduler ROUTER -> output DEALER      ToOutput      (replies: FromOutput)
     chunks                   worker DEALER -> output ROUTER         ChunkReady
+    join                     torchrun's rank DEALER -> supervisor   ToJoin        (replies: FromJoin)
     events                   frontend DEALER -> output ROUTER       ToEvents      (replies: Event)
     control                  supervisor ROUTER -> scheduler/output  ToControlled  (replies: FromControlled)
 
@@ -424,7 +425,7 @@ FromWorker = (
 class ChunkReady(Wire):
     """A slot holds frames: uint8 (frames, height, width, 3), C order, `nbytes` after the slot's header.
 
-    slot -1: the frames are the message's extra ZMQ frame (a worker on another host).
+    `remote`: they are the message's extra ZMQ frame (a worker on another host); the slot is the credit all the same.
     """
 
     job: str
@@ -439,6 +440,7 @@ class ChunkReady(Wire):
     width: int
     nbytes: int
     crc32: int
+    remote: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -696,6 +698,7 @@ class SchedulerSpec(Part):
     checkpoint_every: int  # steps, 0: never
     log_level: str
     min_op_deadline_s: float = 30.0  # no plan is overdue before
+    keys: str | None = None  # folder of the CURVE keys, for tcp endpoints
 
 
 class OutputSpec(Part):
@@ -704,6 +707,7 @@ class OutputSpec(Part):
     slots: SlotPool
     encode_threads: int
     log_level: str
+    keys: str | None = None
 
 
 class WorkerSpec(Part):
@@ -713,14 +717,14 @@ class WorkerSpec(Part):
     world_size: int
     group_epoch: int
     local_rank: int
-    store: str  # "file:///..." or "tcp://host:port" of the group's own torch store
+    store: str  # "file:///..." of the group's own torch store, or "env://PREFIX" in the store that torchrun runs
     model_path: str
     vae_path: str | None
     device: str  # "cpu" | "cuda"
     dit_precision: str
     vae_precision: str
-    checkpoint_dir: str
-    slots: SlotPool
+    checkpoint_dir: str  # empty: not every rank sees the server's folder, so there are no checkpoints
+    slots: SlotPool | None  # None: on another host, so that frames travel with their message
     num_threads: int
     ranks_on_host: int  # they share its memory
     log_level: str
@@ -733,3 +737,61 @@ class WorkerSpec(Part):
     vae_tiling: bool = False
     tp_size: int = 1  # ranks that share the text encoder's matrices
     encoder_sets: int = 1  # sets of so many ranks that share the prompts
+    keys: str | None = None
+    interface: str | None = None  # of NCCL and gloo
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# join: a rank that torchrun started <-> supervisor
+
+
+class Join(Wire):
+    """Twice a second from a rank, from its first moment to its end. `instance` is drawn by each process."""
+
+    instance: str
+    run: str  # torchrun's job id
+    rank: int  # of torchrun's world
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: str
+    version: str
+    waiting: bool  # for the Welcome
+
+
+ToJoin = Join | PhaseReport | Ready | GroupFailed
+
+
+class Noted(Wire):
+    """Answers every Join: the server lives. `joined` ranks are here."""
+
+    joined: int
+
+
+class Welcome(Wire):
+    """All ranks are here: the rank's specification, to be completed with what differs between hosts.
+
+    `model` is what --model-path named (None: the built-in model), `host` the server's kernel, `marker` the name of a
+    file in the checkpoint folder.
+    """
+
+    spec: WorkerSpec
+    model: str | None
+    host: str
+    marker: str
+
+
+class JoinRefused(Wire):
+    """This rank cannot work for this server; it ends with the error."""
+
+    error: ErrorInfo
+
+
+class Leave(Wire):
+    """The rank ends: for good, or (`failed`) so that torchrun starts its ranks again."""
+
+    reason: str
+    failed: bool
+
+
+FromJoin = Noted | Welcome | JoinRefused | Leave

@@ -165,8 +165,8 @@ def _socket(
         raise ConfigError(f"endpoint expected to start with ipc://, inproc:// or tcp://, got {endpoint!r}")
     if is_tcp(endpoint) and keys is None:
         raise ConfigError(
-            f"{endpoint}: tcp needs keys, so that only known hosts connect; make them with `safelight keys DIR` and pass "
-            "--keys DIR",
+            f"{endpoint}: tcp needs keys, so that only known hosts connect; make them with `safelight keys DIR` and "
+            "pass --keys DIR",
             param="keys",
         )
     socket = context.socket(kind)
@@ -199,7 +199,11 @@ def bind_router(
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
-        hint = "is the port taken, and the address this host's?" if is_tcp(endpoint) else "is another server using this folder?"
+        hint = (
+            "is the port taken, and the address this host's?"
+            if is_tcp(endpoint)
+            else "is another server using this folder?"
+        )
         raise StartupError(f"cannot listen on {endpoint}: {error}; {hint}") from error
     return Channel(socket, receives)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from importlib import metadata
+from pathlib import Path
 
 from safelight.runtime.errors import ConfigError
 
@@ -36,6 +37,11 @@ def resolve_device(requested: str, num_gpus: int) -> str:
         message = f"--num-gpus {num_gpus}: that many CUDA devices expected, found {devices}; {hint}"
         raise ConfigError(message, param="num_gpus")
     return "cuda"
+
+
+def host_id() -> str:
+    """The same in all processes that share this kernel, and so its shared memory."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def usable_cores() -> int:

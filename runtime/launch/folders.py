@@ -40,12 +40,18 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.state / "checkpoints"
 
+    @property
+    def marker(self) -> Path:
+        """A file by which a rank of another host knows that it sees the same checkpoints."""
+        return self.checkpoints / f".{self.root.name}"
+
     def endpoints(self) -> Endpoints:
         names = ("submit", "plans", "decisions", "chunks", "events", "control")
         return Endpoints(**{name: f"ipc://{self.root / name}.ipc" for name in names})
 
     def remove(self) -> None:
         """Deletes the run; a state directory of the caller's stays."""
+        self.marker.unlink(missing_ok=True)
         shutil.rmtree(self.slots, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
         os.close(self.lock)
@@ -62,6 +68,7 @@ def create_run_folder(state_dir: Path | None) -> RunFolder:
         run = RunFolder(root, state_dir or root / "state", shared_base / f"{root.name}-slots", lock)
         for made in (run.state, run.artifacts, run.checkpoints):
             made.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run.marker.touch(mode=0o600)
     except OSError as error:
         raise StartupError(f"cannot make the run's folders: {error}; check --state-dir and the free space") from error
     if len(os.fsencode(root / "decisions.ipc")) > _IPC_PATH_LIMIT:

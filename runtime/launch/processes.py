@@ -20,6 +20,7 @@ import msgspec
 
 from safelight.runtime.errors import WorkerLost
 from safelight.runtime.launch.child import frame_spec
+from safelight.runtime.launch.joining import JoinedRank
 from safelight.runtime.launch.rank import run_rank
 from safelight.runtime.messages import ErrorInfo, GroupFailed, OutputSpec, PhaseReport, Ready, SchedulerSpec, WorkerSpec
 
@@ -90,7 +91,7 @@ def start_child(role: str, spec: SchedulerSpec | OutputSpec, now: float) -> Chil
     """Starts `safelight.runtime.launch.child` with its spec on stdin."""
     command = [sys.executable, "-m", "safelight.runtime.launch.child", role]
     with interrupts_blocked():
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment())
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died already: its end is seen by the watcher
         process.stdin.write(frame_spec(spec))
@@ -98,7 +99,7 @@ def start_child(role: str, spec: SchedulerSpec | OutputSpec, now: float) -> Chil
     return Child(role, process, os.pidfd_open(process.pid), last_seen=now)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """This environment, able to import this very package from any working directory."""
     import safelight
 
@@ -122,6 +123,26 @@ class Rank:
             raise WorkerLost("the rank's process was never started")
         return pid
 
+    def descriptors(self) -> tuple[int, ...]:
+        """Readable when the rank has said something, or has ended."""
+        return self.process.sentinel, self.status.fileno()
+
+    def ended(self, ready: set[int]) -> str | None:
+        """How it ended, if one of the descriptors that are ready says so."""
+        return f"ended with {self.process.exitcode}" if self.process.sentinel in ready else None
+
+    def state(self) -> str:
+        return process_state(self.pid)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # by pid: also when the forkserver died and told of no end
+            os.kill(self.pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        self.process.join()
+        self.status.close()
+        self.process.close()
+
     def messages(self) -> Iterator[PhaseReport | Ready | GroupFailed]:
         """Status messages that wait in the pipe."""
         with contextlib.suppress(EOFError, OSError):
@@ -135,7 +156,7 @@ class Group:
 
     number: int
     epoch: int = 0
-    ranks: list[Rank] = field(default_factory=list)
+    ranks: list[Rank | JoinedRank] = field(default_factory=list)
     failed_starts: int = 0
     given_up: ErrorInfo | None = None
     error: ErrorInfo | None = None  # what a rank of this epoch reported
@@ -148,12 +169,9 @@ class Group:
     def kill(self) -> None:
         """Ends all ranks for certain and reaps them."""
         for rank in self.ranks:
-            with contextlib.suppress(ProcessLookupError):  # by pid: also when the forkserver died and told of no end
-                os.kill(rank.pid, signal.SIGKILL)
+            rank.kill()
         for rank in self.ranks:
-            rank.process.join()
-            rank.status.close()
-            rank.process.close()
+            rank.reap()
         self.ranks = []
 
 

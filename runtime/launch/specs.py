@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import structs
+
 from safelight.configs.encoder_parallel import EncoderShares, choose_encoder_shares
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.parallel import Degrees, check_implementations, choose_degrees
 from safelight.configs.server_args import ServerArgs
-from safelight.runtime.launch.devices import usable_cores
+from safelight.runtime.launch.devices import host_id, usable_cores
 from safelight.runtime.launch.folders import RunFolder
 from safelight.runtime.launch.processes import Group
-from safelight.runtime.messages import OutputSpec, SchedulerSpec, SlotPool, WorkerSpec
+from safelight.runtime.messages import Endpoints, Join, OutputSpec, SchedulerSpec, SlotPool, Welcome, WorkerSpec
 
 
 def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, world_size: int) -> SchedulerSpec:
     return SchedulerSpec(
-        endpoints=run.endpoints(),
+        endpoints=endpoints_of(args, run),
         journal=str(run.journal),
         checkpoint_dir=str(run.checkpoints),
         model_path=str(model),
@@ -28,17 +30,28 @@ def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path
         max_plan_ms=args.max_plan_ms,
         checkpoint_every=args.checkpoint_every,
         log_level=args.log_level,
+        keys=args.keys,
     )
 
 
 def output_spec(args: ServerArgs, run: RunFolder, pool: SlotPool) -> OutputSpec:
     return OutputSpec(
-        endpoints=run.endpoints(),
+        endpoints=endpoints_of(args, run),
         artifact_dir=str(run.artifacts),
         slots=pool,
         encode_threads=max(1, min(4, usable_cores() // 2)),
         log_level=args.log_level,
+        keys=args.keys,
     )
+
+
+def endpoints_of(args: ServerArgs, run: RunFolder) -> Endpoints:
+    """ipc in the run's folder; what ranks of other hosts connect to is on the two ports after --worker-endpoint's."""
+    endpoints = run.endpoints()
+    if args.worker_port is None:
+        return endpoints
+    plans, chunks = (f"{args.worker_host}:{args.worker_port + i}" for i in (1, 2))
+    return structs.replace(endpoints, plans=plans, chunks=chunks)
 
 
 def degrees_of(args: ServerArgs, model: Path) -> Degrees:
@@ -70,7 +83,7 @@ def worker_spec(
     encoder = encoder_shares_of(args, model, device)
     automatic = "bf16" if device == "cuda" else "fp32"
     return WorkerSpec(
-        endpoints=run.endpoints(),
+        endpoints=endpoints_of(args, run),
         group=group.number,
         rank=rank,
         world_size=world_size,
@@ -95,4 +108,19 @@ def worker_spec(
         vae_tiling=args.vae_tiling,
         tp_size=encoder.tp,
         encoder_sets=encoder.sets,
+        interface=args.interface,
     )
+
+
+def welcome(
+    args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, join: Join, group: Group, rank: int
+) -> Welcome:
+    """The same for a rank that torchrun started. Its host completes it: model directory, keys, slots, threads."""
+    spec = structs.replace(
+        worker_spec(args, run, pool, model, join.device, group, rank),
+        local_rank=join.local_rank,
+        ranks_on_host=join.local_world_size,
+        store=f"env://{run.root.name}-{group.number}-{group.epoch}",
+    )
+    named = args.model_path and (str(model) if Path(args.model_path).expanduser().exists() else args.model_path)
+    return Welcome(spec, named, host_id(), run.marker.name)

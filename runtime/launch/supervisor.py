@@ -21,7 +21,8 @@ from safelight.runtime.errors import ConfigError, ModelError, StartupError, from
 from safelight.runtime.launch import specs
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import RunFolder, create_run_folder
-from safelight.runtime.launch.processes import Child, Group, RankStarter, process_state, start_child
+from safelight.runtime.launch.joining import JoinDesk, JoinedRank
+from safelight.runtime.launch.processes import Child, Group, Rank, RankStarter, process_state, start_child
 from safelight.runtime.messages import (
     ControlHeartbeat,
     Drain,
@@ -63,7 +64,8 @@ class Supervisor:
         self._args = args
         self._model_root = model_root
         self._slot_bytes = slot_bytes
-        self._device = resolve_device(args.device, args.num_gpus)
+        joining = args.worker_endpoint is not None  # the ranks, wherever they are, know their devices
+        self._device = args.device if joining else resolve_device(args.device, args.num_gpus)
         pipeline = FAMILIES[identify(model_root).family].pipeline
         self._starter = RankStarter(["safelight.runtime.worker.main", pipeline.partition(":")[0]])
         self._groups = [Group(number) for number in range(args.replicas)]
@@ -74,6 +76,7 @@ class Supervisor:
         self._pool: SlotPool | None = None
         self._context: zmq.Context[Any] = zmq.Context()
         self._control: transport.Channel[FromControlled] | None = None
+        self._desk: JoinDesk | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._changed = threading.Condition()
         self._stopping = False
@@ -87,11 +90,15 @@ class Supervisor:
 
     def start(self) -> Supervisor:
         """Makes folders and slots and starts all processes. Raises StartupError; then nothing is left behind."""
-        self._starter.warm()
+        joining = self._args.worker_endpoint
+        if joining is None:
+            self._starter.warm()
         self._run_folder = create_run_folder(Path(self._args.state_dir) if self._args.state_dir else None)
         try:
             self._pool = slots.create_pool(self._run_folder.slots, self._args.frame_slots, self._slot_bytes)
             self._control = transport.bind_router(self._context, self.endpoints.control, FromControlled)
+            if joining is not None:
+                self._desk = JoinDesk(self._context, joining, self._args.keys, self._args.num_gpus, self._device)
             for role in ("scheduler", "output"):
                 self._start_child(role)
             for group in self._groups:
@@ -132,11 +139,12 @@ class Supervisor:
                 raise StartupError(f"not ready after {timeout:.0f} s, still {told}; raise --startup-timeout-s")
 
     def pids(self) -> dict[str, int]:
-        """Process ids by role ("scheduler", "output", "worker 0.0", ...), for people and for tests."""
+        """Ids of our processes by role ("scheduler", "output", "worker 0.0", ...), for people and for tests."""
         with self._changed:
             found = {role: child.process.pid for role, child in self._children.items()}
             for group in self._groups:
-                found |= {f"worker {group.number}.{i}": rank.pid for i, rank in enumerate(group.ranks)}
+                ours = (rank for rank in group.ranks if isinstance(rank, Rank))
+                found |= {f"worker {group.number}.{i}": rank.pid for i, rank in enumerate(ours)}
             return found
 
     def begin_drain(self, grace_s: float) -> None:
@@ -193,6 +201,8 @@ class Supervisor:
             for child in list(self._children.values()):
                 if child.fd in ready:
                     self._child_ended(child)
+            if self._desk:
+                self._watch_desk(self._desk)
             for group in self._groups:
                 self._watch_group(group, ready)
             assert self._control is not None
@@ -207,10 +217,12 @@ class Supervisor:
         assert self._control is not None
         poller = zmq.Poller()
         poller.register(self._control.socket, zmq.POLLIN)
+        if self._desk:
+            poller.register(self._desk.socket, zmq.POLLIN)
         descriptors = [self._wake, *(child.fd for child in self._children.values())]
         for group in self._groups:
             for rank in group.ranks:
-                descriptors += [rank.process.sentinel, rank.status.fileno()]
+                descriptors += rank.descriptors()
         for descriptor in descriptors:
             poller.register(descriptor, zmq.POLLIN)
         found = {key for key, _events in poller.poll(500) if isinstance(key, int)}
@@ -233,7 +245,7 @@ class Supervisor:
             case RankSilent(number, rank, epoch, seconds):
                 group = self._group(number, epoch)
                 if group and 0 <= rank < len(group.ranks):
-                    state = process_state(group.ranks[rank].pid)
+                    state = group.ranks[rank].state()
                     if state in "TtZX":
                         self._restart_group(group, f"rank {rank} silent for {seconds:.0f} s, process state {state}")
             case KillGroup(number, epoch, reason):
@@ -320,6 +332,8 @@ class Supervisor:
         assert self._run_folder is not None
         assert self._pool is not None
         group.error, group.phase = None, "starting"
+        if self._desk:
+            return  # torchrun starts its ranks
         for rank in range(self._world_size):
             spec = specs.worker_spec(
                 self._args, self._run_folder, self._pool, self._model_root, self._device, group, rank
@@ -328,13 +342,34 @@ class Supervisor:
 
     def _watch_group(self, group: Group, ready: set[int]) -> None:
         for number, rank in enumerate(group.ranks):
-            if rank.status.fileno() in ready or rank.process.sentinel in ready:
+            if self._desk or ready.intersection(rank.descriptors()):
                 for message in rank.messages():
                     self._note_status(group, rank, message)
-            if rank.process.sentinel in ready:
-                reason = group.error.message if group.error else f"rank {number} ended with {rank.process.exitcode}"
-                self._restart_group(group, reason)
+            if (end := rank.ended(ready)) or (self._desk and group.error):
+                self._restart_group(group, group.error.message if group.error else f"rank {number} {end}")
                 return
+
+    def _watch_desk(self, desk: JoinDesk) -> None:
+        """Ranks that torchrun started come and go by rounds of all of them."""
+        if (reason := desk.receive()) and (at_work := next((group for group in self._groups if group.ranks), None)):
+            self._restart_group(at_work, reason)
+        if ranks := desk.begin():
+            for group in self._groups:
+                self._welcome(group, [ranks[group.number * self._world_size + i] for i in range(self._world_size)])
+        for group in self._groups:
+            group.phase = group.phase if desk.round else desk.phase
+        if desk.idle_s > self._args.startup_timeout_s:
+            self._fail(f"{desk.phase}, and that for {desk.idle_s:.0f} s; raise --startup-timeout-s, or start them")
+
+    def _welcome(self, group: Group, ranks: list[JoinedRank]) -> None:
+        assert self._run_folder is not None
+        assert self._pool is not None
+        group.epoch += 1
+        group.ranks, group.phase = [*ranks], "starting"
+        self._announce(group)
+        for number, rank in enumerate(ranks):
+            folders = (self._run_folder, self._pool, self._model_root)
+            rank.welcome(specs.welcome(self._args, *folders, rank.join, group, number))
 
     def _note_status(self, group: Group, rank: Any, message: PhaseReport | Ready | GroupFailed) -> None:
         match message:
@@ -354,16 +389,20 @@ class Supervisor:
         self._tell("scheduler", RankExited(group.number, group.epoch, reason))
         group.failed_starts = 0 if was_ready else group.failed_starts + 1
         final = group.error is not None and group.error.code in _FINAL_ERRORS and not was_ready
+        if self._desk:
+            self._desk.end()  # its agent restarts all ranks of torchrun together
         if final or group.failed_starts >= MAX_FAILED_STARTS:
             group.phase = "dead"
             group.given_up = group.error or ErrorInfo(StartupError.code, reason)
             self._announce(group)
-            if all(other.given_up for other in self._groups):
+            if self._desk or all(other.given_up for other in self._groups):
                 self._fail(group.given_up.message, group.given_up)
             return
         group.epoch += 1
         self._start_group(group)
         self._announce(group)
+        if self._desk and (other := next((other for other in self._groups if other.ranks), None)):
+            self._restart_group(other, reason)
 
     # ---- the end
 
@@ -376,6 +415,11 @@ class Supervisor:
     def _teardown(self) -> None:
         for role in tuple(self._children):
             self._tell(role, Shutdown("the server stops"))
+        if self._desk:
+            self._desk.dismiss()
+            self._desk = None
+            for group in self._groups:
+                group.ranks = []
         for group in self._groups:
             group.kill()
         for child in self._children.values():

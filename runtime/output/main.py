@@ -8,11 +8,12 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import zmq
 
-from safelight.runtime import transport
+from safelight.runtime import curve, transport
 from safelight.runtime.errors import ProtocolError
 from safelight.runtime.messages import (
     ChunkReady,
@@ -62,7 +63,10 @@ class Output:
         store = ArtifactStore(spec.artifact_dir)
         for path in store.sweep():
             log.info("deleted %s, left unfinished by a process that is gone", path)
-        self._chunks = stack.enter_context(transport.bind_router(context, ends.chunks, ChunkReady))
+        keys = curve.server_keys(Path(spec.keys)) if spec.keys else None
+        if keys is not None:
+            stack.enter_context(curve.Gatekeeper(context, keys.allowed))
+        self._chunks = stack.enter_context(transport.bind_router(context, ends.chunks, ChunkReady, keys))
         self._subscribers = stack.enter_context(transport.bind_router(context, ends.events, ToEvents))
         self._decisions = stack.enter_context(transport.connect_dealer(context, ends.decisions, ToOutput, identity))
         self._control = stack.enter_context(transport.connect_dealer(context, ends.control, ToControlled, identity))

@@ -239,7 +239,7 @@ class Takes:
 
     def _encode(self, lane: _Lane, chunk: _Chunk) -> None:
         message = chunk.message
-        if message.slot == -1:
+        if message.remote:
             flat = _remote_frames(chunk)
         else:
             flat = self._slots.read_chunk(message.slot, ChunkId.of(message), message.nbytes, message.crc32)
@@ -296,7 +296,7 @@ def _fault(lane: _Lane, chunk: _Chunk) -> str | None:
     """What is wrong with a chunk, or with its place in the take."""
     m, job = chunk.message, lane.job
     total = lane.frames + m.frames
-    parts = 1 if m.slot == -1 else 0
+    parts = 1 if m.remote else 0
     if m.chunk != lane.next_chunk:
         return f"chunk {lane.next_chunk} is missing"
     if (m.height, m.width) != (job.height, job.width):
@@ -306,7 +306,7 @@ def _fault(lane: _Lane, chunk: _Chunk) -> str | None:
     if m.nbytes != m.frames * m.height * m.width * 3:
         return f"expected {m.frames * m.height * m.width * 3} bytes, got {m.nbytes}"
     if len(chunk.frames) != parts:
-        return f"expected {parts} extra message frames with slot {m.slot}, got {len(chunk.frames)}"
+        return f"expected {parts} extra message frames with remote={m.remote}, got {len(chunk.frames)}"
     return None
 
 

@@ -16,8 +16,8 @@ import zmq
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime import curve, transport
 from safelight.runtime import messages as m
-from safelight.runtime import transport
 from safelight.runtime.errors import InvalidRequest, StartupError
 from safelight.runtime.scheduler import policy
 from safelight.runtime.scheduler.core import SchedulerCore
@@ -73,7 +73,10 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         _sweep_checkpoints(Path(spec.checkpoint_dir), open_jobs)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
-        loop = Loop(context, spec.endpoints, stack, journal, config)
+        keys = curve.server_keys(Path(spec.keys)) if spec.keys else None
+        if keys is not None:
+            stack.enter_context(curve.Gatekeeper(context, keys.allowed))
+        loop = Loop(context, spec.endpoints, stack, journal, config, keys)
         loop.run(wake_read, parent_fd)
 
 
@@ -124,13 +127,14 @@ class Loop:
         stack: contextlib.ExitStack,
         journal: Journal,
         config: CoreConfig,
+        keys: curve.CurveKeys | None = None,
     ) -> None:
         self._clock_offset = time.time() - time.monotonic()
         self._submit: Channel[m.ToScheduler] = stack.enter_context(
             transport.bind_router(context, endpoints.submit, m.ToScheduler)
         )
         self._plans: Channel[m.FromWorker] = stack.enter_context(
-            transport.bind_router(context, endpoints.plans, m.FromWorker)
+            transport.bind_router(context, endpoints.plans, m.FromWorker, keys)
         )
         self._decisions: Channel[m.FromOutput] = stack.enter_context(
             transport.bind_router(context, endpoints.decisions, m.FromOutput)
@@ -141,6 +145,7 @@ class Loop:
         self._journal = journal
         self._instance = secrets.token_hex(8)
         self._refused = 0
+        self._warned_of_checkpoints = False
         recovered = journal.recovered
         self._core = SchedulerCore(config, recovered.scheduler_epoch, recovered.histories, self.now())
         log.info("epoch %d, %d jobs recovered", recovered.scheduler_epoch, len(recovered.histories))
@@ -179,13 +184,28 @@ class Loop:
                 return True
             self._feed(SupervisorSaid(control.message))
         for ranks in self._plans.receive_all():
-            self._feed(RankSaid(ranks.message))
+            self._feed(RankSaid(self._checked(ranks.message)))
         for output in self._decisions.receive_all():
             if output.identity == transport.OUTPUT_IDENTITY:
                 self._feed(OutputSaid(output.message))
         for client in self._submit.receive_all():
             self._feed(ClientSaid(client.identity, client.message))
         return False
+
+    def _checked(self, message: m.FromWorker) -> m.FromWorker:
+        """A checkpoint counts when this process sees its file, as all who may resume from it must. The first that is
+        none is warned of: later deaths of a group cost more than they need to."""
+        if isinstance(message, m.CheckpointCommitted) and not Path(message.ref.path).is_file():
+            reason = (
+                f"checkpoint {message.ref.path} was written on another host and is not here; let --state-dir name a "
+                "folder on a file system that all nodes share"
+            )
+            place = (message.group, message.group_epoch, message.job, message.attempt, message.index)
+            message = m.CheckpointFailed(*place, m.ErrorInfo(StartupError.code, reason))
+        if isinstance(message, m.CheckpointFailed) and not self._warned_of_checkpoints:
+            self._warned_of_checkpoints = True
+            log.warning("job %s has no checkpoint: %s", message.job, message.error.message)
+        return message
 
     def _committed(self) -> None:
         if self._journal.failure is not None:

@@ -30,13 +30,14 @@ class SaveTask:
 
 
 class CheckpointWriter:
-    """Writes checkpoints on one thread; `report` gets the reference or the reason of a failure.
+    """Writes checkpoints on one thread; `report` gets the reference or the reason of a failure. Without a folder every
+    task fails.
 
     A task takes the place of one of the same name that still waits, which is never written or reported: a disk slower
     than the steps holds one state per output on the device, not one per step.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._waiting: dict[str, SaveTask] = {}
         self._closed = False
@@ -74,6 +75,8 @@ class CheckpointWriter:
         return True
 
     def _write(self, task: SaveTask) -> CheckpointRef:
+        if self._folder is None:
+            raise OSError("not every rank sees the server's folder; let --state-dir name one on a shared file system")
         if task.after is None:
             tensors = task.tensors()
         else:

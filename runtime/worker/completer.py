@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ class Completer:
         self._device = device
         self._weights_bytes = weights
         self._fatal = fatal
-        self._slots = MappedPool(spec.slots)
+        self._slots = MappedPool(spec.slots) if spec.slots else None
         self._launched: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="completer", daemon=True)
         self._thread.start()
@@ -72,7 +73,12 @@ class Completer:
         if chunk.copied:
             chunk.copied.synchronize()
         op, frames = chunk.op, chunk.frames.numpy()
-        crc = self._slots.write_chunk(op.slot, ChunkId.of(op), frames)
+        if self._slots:
+            parts: tuple[memoryview, ...] = ()
+            crc = self._slots.write_chunk(op.slot, ChunkId.of(op), frames)
+        else:
+            parts = (frames.data.cast("B"),)
+            crc = zlib.crc32(parts[0])
         count, height, width, _channels = frames.shape
         self._link.send_chunk(
             ChunkReady(
@@ -88,5 +94,7 @@ class Completer:
                 width=width,
                 nbytes=frames.nbytes,
                 crc32=crc,
-            )
+                remote=self._slots is None,
+            ),
+            parts,
         )

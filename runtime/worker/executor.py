@@ -165,6 +165,10 @@ class Executor:
         if op.resume is None:
             held.states[op.index] = self._pipeline.prepare(held.request, held.conditioning, op.index)
             return
+        if not self._spec.checkpoint_dir:
+            raise JobFailed(
+                f"checkpoint {op.resume.path} is not seen by every rank; share --state-dir between the nodes"
+            )
         tensors = read_checkpoint(op.resume)
         held.states[op.index] = self._pipeline.load(held.request, held.conditioning, tensors)
 

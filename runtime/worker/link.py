@@ -9,12 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
-from safelight.runtime import transport
+from safelight.runtime import curve, transport
 from safelight.runtime.errors import ProtocolError
 from safelight.runtime.messages import (
     ChunkReady,
@@ -91,9 +92,10 @@ class Link:
         spec = self._spec
         identity = transport.worker_identity(spec.group, spec.rank, spec.group_epoch)
         context: zmq.Context[Any] = zmq.Context()
+        keys = curve.client_keys(Path(spec.keys)) if spec.keys else None
         with (
-            transport.connect_dealer(context, spec.endpoints.plans, ToWorker, identity) as scheduler,
-            transport.connect_dealer(context, spec.endpoints.chunks, ChunkReady, identity) as output,
+            transport.connect_dealer(context, spec.endpoints.plans, ToWorker, identity, keys) as scheduler,
+            transport.connect_dealer(context, spec.endpoints.chunks, ChunkReady, identity, keys) as output,
         ):
             poller = zmq.Poller()
             poller.register(scheduler.socket, zmq.POLLIN)

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
 import torch.distributed as dist
 
+from safelight.configs.env import interface_variables
 from safelight.runtime import logs
 from safelight.runtime.errors import ConfigError, SafelightError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
@@ -27,6 +29,7 @@ from safelight.runtime.worker.completer import Completer
 from safelight.runtime.worker.executor import Executor, error_info
 from safelight.runtime.worker.link import Link
 from safelight.runtime.worker.memory import device_memory
+from safelight.runtime.worker.torch_store import ENV_STORE, torchrun_store
 
 LOADING_LIMIT_S = 1800.0
 COLLECTIVE_TIMEOUT_S = 600.0  # a stuck collective ends earlier, by the scheduler's op deadline
@@ -38,8 +41,14 @@ def main(spec_bytes: bytes, status: Connection) -> None:
     closing means that the supervisor is gone, and ends the process at once."""
     spec = msgspec.msgpack.decode(spec_bytes, type=WorkerSpec)
     threading.Thread(target=_exit_with_supervisor, args=(status,), name="parent", daemon=True).start()
+    run(spec, lambda message: status.send_bytes(msgspec.msgpack.encode(message)))
+
+
+def run(spec: WorkerSpec, tell: Callable[[PhaseReport | Ready | GroupFailed], None]) -> NoReturn:
+    """Runs one rank and ends the process. `tell` brings its status to the supervisor, failures for certain."""
     logs.configure(f"worker {spec.group}.{spec.rank}", spec.log_level)
     torch.set_num_threads(spec.num_threads)
+    os.environ.update(interface_variables(spec.interface, os.environ))
     executors: list[Executor] = []
 
     def held() -> tuple[HeldState, ...]:
@@ -47,9 +56,6 @@ def main(spec_bytes: bytes, status: Connection) -> None:
 
     link = Link(spec, held)
     link.start()
-
-    def tell(message: PhaseReport | Ready | GroupFailed) -> None:
-        status.send_bytes(msgspec.msgpack.encode(message))
 
     try:
         with torch.inference_mode():
@@ -77,7 +83,7 @@ def _serve(
     device = _device(spec)
     pipeline = _load(spec, device)
     weights = pipeline.weights_bytes()
-    checkpoints = CheckpointWriter(Path(spec.checkpoint_dir))
+    checkpoints = CheckpointWriter(Path(spec.checkpoint_dir) if spec.checkpoint_dir else None)
     failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
 
     def fatal(error: Exception) -> None:
@@ -147,9 +153,11 @@ def _dtype(name: str) -> torch.dtype:
 def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
     if spec.world_size == 1:
         return ParallelMesh.single()
+    torchrun = spec.store.startswith(ENV_STORE)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=spec.store,
+        init_method=None if torchrun else spec.store,
+        store=torchrun_store(spec.store.removeprefix(ENV_STORE)) if torchrun else None,
         rank=spec.rank,
         world_size=spec.world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),

@@ -180,18 +180,18 @@ def test_frames_of_a_remote_worker_come_with_the_message(bench: Bench) -> None:
     bench.open()
     bench.take()
     data = pixels(1, 4)
-    ready = ChunkReady(JOB, 0, 0, 0, 0, True, -1, 4, HEIGHT, WIDTH, data.nbytes, zlib.crc32(data.tobytes()))
+    ready = ChunkReady(JOB, 0, 0, 0, 0, True, 3, 4, HEIGHT, WIDTH, data.nbytes, zlib.crc32(data.tobytes()), remote=True)
     bench.takes.chunk(ready, (memoryview(data.tobytes()),))
     (committed,) = bench.wait(ArtifactCommitted)
     assert np.array_equal(np.load(committed.artifact.path), data)
-    assert bench.of(SlotReleased) == [SlotReleased(-1, JOB, 0, 0, 0, 0)]
+    assert bench.of(SlotReleased) == [SlotReleased(3, JOB, 0, 0, 0, 0)]
 
 
 @pytest.mark.parametrize("parts", [(), (b"short",), (b"x" * 4 * HEIGHT * WIDTH * 3,), (b"", b"")])
 def test_remote_frames_that_do_not_match_fail_the_take(bench: Bench, parts: tuple[bytes, ...]) -> None:
     bench.open()
     bench.take()
-    ready = ChunkReady(JOB, 0, 0, 0, 0, True, -1, 4, HEIGHT, WIDTH, 4 * HEIGHT * WIDTH * 3, 1)
+    ready = ChunkReady(JOB, 0, 0, 0, 0, True, 3, 4, HEIGHT, WIDTH, 4 * HEIGHT * WIDTH * 3, 1, remote=True)
     bench.takes.chunk(ready, tuple(memoryview(part) for part in parts))
     bench.wait(ArtifactFailed)
     assert len(bench.of(SlotReleased)) == 1
@@ -250,7 +250,8 @@ def test_newer_take_ends_the_older_one(bench: Bench) -> None:
         ({"slot": 5}, "empty"),
         ({"slot": 99}, "slot expected to be 0 to 7"),
         ({"slot": -2}, "slot expected to be 0 to 7"),
-        ({"slot": -1}, "expected 1 extra message frames"),
+        ({"slot": -1}, "slot expected to be 0 to 7"),
+        ({"remote": True}, "expected 1 extra message frames"),
     ],
 )
 def test_wrong_chunk_fails_its_take_and_no_other(bench: Bench, fault: dict[str, Any], message: str) -> None:
