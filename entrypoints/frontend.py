@@ -12,11 +12,13 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from safelight.entrypoints import cli
 from safelight.runtime.launch.torchrun import EXIT_FILE
 
+_READING_S = 20.0  # of the exit code; ranks that are being restarted take so long
 _PATIENCE_S = 15.0  # of the first signal; the second one ends the command at once
 
 
@@ -37,17 +39,20 @@ def main(folder: Path, agent: int, command: list[str]) -> None:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     finally:
-        _leave(folder, code, agent_gone=bool(select.select([handle], [], [], 0)[0]))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has been answered, and a second one would leave the folder
+        _leave(folder, code, handle)
 
 
-def _leave(folder: Path, code: int, *, agent_gone: bool) -> None:
-    """The exit code for the ranks that wait for it; nobody does once the agent is gone."""
-    if agent_gone:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+def _leave(folder: Path, code: int, agent: int) -> None:
+    """The exit code for rank 0, which deletes the folder once it has read it. Nobody does when the ranks are gone."""
     temporary = folder / f".{EXIT_FILE}"
     temporary.write_text(str(code), encoding="ascii")
     temporary.replace(folder / EXIT_FILE)
+    deadline = time.monotonic() + _READING_S
+    while folder.exists() and time.monotonic() < deadline:
+        if select.select([agent], [], [], 0.05)[0]:
+            break
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_with(handle: int) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -35,6 +36,9 @@ from safelight.runtime.messages import Join, Leave, Welcome, WorkerSpec
 
 _FRONTEND, _EXIT = "frontend", "exit"
 EXIT_FILE = "exit-code"
+_POLL_S = 0.1
+_LAST_S = 60.0  # of the command, once it has told the ranks to leave
+_END_S = 5.0  # of the command's process, once it has told its exit code
 log = logging.getLogger(__name__)
 
 
@@ -95,7 +99,7 @@ def serve_command(
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the command answers it, then all ranks end
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    store = open_store()
+    store, interrupted = open_store(), threading.Event()
 
     def given_up() -> None:
         if store.check([_EXIT]):
@@ -103,7 +107,9 @@ def serve_command(
 
     def ended(leave: Leave | None) -> None:
         code = 1
-        if leave is not None and not leave.failed:
+        if place.rank == 0 and (interrupted.is_set() or (leave is not None and not leave.failed)):
+            time.sleep(_LAST_S)  # the thread that follows the command ends this process
+        elif leave is not None and not leave.failed:
             with contextlib.suppress(RuntimeError):  # the store's end: torchrun is gone on the first node
                 code = int(store.get(_EXIT))
         os._exit(code)
@@ -112,7 +118,7 @@ def serve_command(
         given_up()
         if place.rank == 0:
             frontend = _frontend(store, launch)
-            threading.Thread(target=_follow, args=(frontend,), name="frontend", daemon=True).start()
+            threading.Thread(target=_follow, args=(frontend, interrupted), name="frontend", daemon=True).start()
         frontend = msgspec.json.decode(store.get(_FRONTEND), type=Frontend)
         _serve(args(frontend.endpoint), place, resolve, store, ended, given_up)
     except Ended as end:
@@ -150,6 +156,8 @@ def _serve(
 def _completed(welcome: Welcome, args: WorkerArgs, join: Join, model: Path) -> WorkerSpec:
     """The specification with what only this host knows."""
     same_host = welcome.host == host_id() and _sees_slots(welcome.spec)
+    if not same_host:
+        log.info("the server's shared memory is not here: frames travel with their messages")
     threads = max(1, usable_cores() // (2 * join.local_world_size)) if join.device == "cpu" else 1
     return structs.replace(
         welcome.spec,
@@ -199,27 +207,31 @@ def _frontend(store: Store, launch: Launch) -> Frontend:
     return frontend
 
 
-def _follow(frontend: Frontend) -> None:
+def _follow(frontend: Frontend, interrupted: threading.Event) -> None:
     """Waits for the command's end, tells all ranks its exit code, and ends this rank with it."""
     store = open_store()  # of this thread: a connection that waits for a key does nothing else
     folder = Path(frontend.folder)
     process = _open_process(frontend)
     if process is not None:
-        threading.Thread(target=_forward_interrupts, args=(process,), name="interrupts", daemon=True).start()
-        select.select([process], [], [])
+        threading.Thread(target=_forward_interrupts, args=(process, interrupted), daemon=True).start()
+        while not (folder / EXIT_FILE).exists() and not select.select([process], [], [], _POLL_S)[0]:
+            pass
     try:
         code = int((folder / EXIT_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
         code = 1  # killed
     store.set(_EXIT, str(code))
     shutil.rmtree(folder, ignore_errors=True)
+    if process is not None:
+        select.select([process], [], [], _END_S)
     os._exit(code)
 
 
-def _forward_interrupts(process: int) -> None:
+def _forward_interrupts(process: int, interrupted: threading.Event) -> None:
     """Ctrl-C: the agent waits for this rank, and this rank for the command. (SIGTERM may be a restart of the ranks.)"""
     while True:
         signal.sigwait({signal.SIGINT})
+        interrupted.set()
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGINT)
 
