@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from safelight.configs.network import check_address, check_endpoint
+from safelight.configs.network import check_address, check_endpoint, check_interface
 from safelight.configs.options import check_options, option
 from safelight.configs.parallel import WantedDegrees
 from safelight.runtime.errors import ConfigError
@@ -76,6 +76,8 @@ class ServerArgs:
             check_endpoint("worker_endpoint", self.worker_endpoint, self.keys)
             if self.worker_port is not None:
                 check_address(self.worker_host.removeprefix("tcp://"))
+        elif self.interface is not None:
+            check_interface(self.interface)
 
     @property
     def wanted_degrees(self) -> WantedDegrees:

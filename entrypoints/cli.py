@@ -119,13 +119,11 @@ def main() -> None:
     guarded(app)
 
 
-def guarded(run: Callable[[], Any], *, quiet: bool = False) -> None:
-    """Runs it; `quiet` leaves the telling of errors to another process that meets the same ones."""
+def guarded(run: Callable[[], Any]) -> None:
+    """Runs it as `main` runs the command line."""
     try:
         run()
     except SafelightError as error:
-        if quiet:
-            sys.exit(exit_code(error))
         if "--json" in sys.argv:
             failure = {"event": "error", "code": error.code, "message": error.message, "param": error.param}
             print(json_module.dumps(failure, ensure_ascii=False), flush=True)

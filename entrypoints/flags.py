@@ -43,10 +43,21 @@ def merged(given: dict[str, Any], config: Path | None, configs: Sequence[type]) 
 
 
 def parsed(app: typer.Typer, name: str, argv: Sequence[str]) -> list[tuple[type, dict[str, Any]]]:
-    """The values that a command made by `with_flags` would run with, by dataclass, without running it."""
-    command = typer.main.get_group(app).commands[name]
-    given = dict(command.make_context(name, list(argv)).params)
+    """The values that a command made by `with_flags` would run with, by dataclass, without running it.
+
+    Raises ConfigError, or SystemExit after it has printed a help text or a usage error.
+    """
+    group = typer.main.get_group(app)
+    command = group.commands[name]
     configs: tuple[type, ...] = command.callback.configs  # type: ignore[union-attr]
+    found: list[dict[str, Any]] = []
+    command.callback = lambda **given: found.append(given)  # of this group alone, which was made just now
+    try:
+        group.main([name, *argv], prog_name="safelight")
+    except SystemExit:
+        if not found:
+            raise
+    [given] = found
     return list(zip(configs, merged(given, given.pop("config", None), configs), strict=True))
 
 

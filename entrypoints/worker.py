@@ -111,4 +111,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.guarded(_main, quiet=os.environ.get("RANK", "0") != "0")
+    cli.guarded(_main)

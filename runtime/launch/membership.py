@@ -50,6 +50,7 @@ class Membership:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._heard = time.monotonic()
         self._over = threading.Event()
+        self._given_up = False
         threading.Thread(target=self._run, name="join", daemon=True).start()
 
     def welcome(self, timeout_s: float, given_up: Callable[[], None]) -> Welcome:
@@ -57,17 +58,20 @@ class Membership:
 
         Raises what the server refuses this rank with, or StartupError when it is silent for `timeout_s`.
         """
-        while True:
-            try:
-                answer = self._answers.get(timeout=BEAT_S)
-            except queue.Empty:
-                given_up()
-                if time.monotonic() - self._heard > timeout_s:
-                    raise self._silence(timeout_s) from None
-                continue
-            if isinstance(answer, SafelightError):
-                raise answer
-            return answer
+        answer = None
+        try:
+            while not isinstance(answer, Welcome):
+                try:
+                    answer = self._answers.get(timeout=BEAT_S)
+                except queue.Empty:
+                    given_up()
+                    if time.monotonic() - self._heard > timeout_s:
+                        raise self._silence(timeout_s) from None
+                if isinstance(answer, SafelightError):
+                    raise answer
+        finally:
+            self._given_up = not isinstance(answer, Welcome)
+        return answer
 
     def tell(self, message: PhaseReport | Ready | GroupFailed) -> None:
         """Reports to the supervisor; a failure is told for certain, unless nobody hears it."""
@@ -88,7 +92,7 @@ class Membership:
         poller.register(self._channel.socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
         beat = 0.0
-        while True:
+        while not self._given_up:
             if time.monotonic() >= beat:
                 beat = time.monotonic() + BEAT_S
                 self._send(self._join)
@@ -103,6 +107,7 @@ class Membership:
             if not self._join.waiting and time.monotonic() - self._heard > SERVER_DEAD_S:
                 self._end(None)
                 return
+        self._close()
 
     def _send(self, message: ToJoin) -> None:
         try:
@@ -127,7 +132,10 @@ class Membership:
         return False
 
     def _end(self, leave: Leave | None) -> None:
-        self._channel.close()  # by which the server knows that this rank has heard
-        self._context.destroy(0)
+        self._close()  # by which the server knows that this rank has heard
         self._ended(leave)
         self._over.set()
+
+    def _close(self) -> None:
+        self._channel.close()
+        self._context.destroy(0)

@@ -77,7 +77,8 @@ def agent(node: Node, first: Node, port: int, *flags: str) -> list[str]:
 
 def frames(folder: Path, out: str) -> Frames:
     (path,) = (folder / out).glob("*.npy")
-    return np.load(path).astype(np.int16)
+    found: Frames = np.load(path).astype(np.int16)
+    return found
 
 
 def alone(start: Start, model: Path, folder: Path) -> Frames:

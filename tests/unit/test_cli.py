@@ -16,6 +16,7 @@ from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.options import flag
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
+from safelight.configs.worker_args import WorkerArgs
 
 SOURCE = str(Path(next(iter(safelight.__path__))).parent)
 
@@ -99,6 +100,15 @@ def test_the_command_line_wins_over_config_and_environment(tmp_path: Path) -> No
     assert "/from/flag" in run(*base, "--config", str(config), "--model-path", "/from/flag", **environ).stderr
 
 
+def test_keys_are_made_once(tmp_path: Path) -> None:
+    made = run("keys", str(tmp_path / "keys"))
+    assert made.returncode == 0
+    assert str(tmp_path / "keys" / "server.key_secret") in made.stdout.splitlines()
+    again = run("keys", str(tmp_path / "keys"))
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "already" in again.stderr
+
+
 def test_models_lists_every_variant() -> None:
     from safelight.configs.families import FAMILIES
 
@@ -124,8 +134,11 @@ def test_doctor_reports_without_importing_torch_itself() -> None:
 
 def test_the_documentation_lists_every_option_with_its_help() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
-    for config in (SamplingParams, GenerateArgs, ServerArgs):
+    shared = {field.name for field in fields(ServerArgs)}
+    for config in (SamplingParams, GenerateArgs, ServerArgs, WorkerArgs):
         for field in fields(config):
+            if config is WorkerArgs and field.name in shared:
+                continue
             (row,) = [line for line in page.splitlines() if line.startswith(f"| `{flag(field.name)}`")]
             assert row.endswith(f"| {field.metadata['help']} |")
             assert all(choice in row for choice in field.metadata["choices"])

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from safelight.configs.config_file import load_config
-from safelight.configs.env import from_environment
+from safelight.configs.env import TorchrunRank, from_environment, interface_variables, torchrun_rank
 from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.network import address_towards, free_ports, interface_address
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
+from safelight.configs.worker_args import WorkerArgs
 from safelight.runtime.errors import ConfigError, InvalidRequest
 
 CONFIGS = (SamplingParams, GenerateArgs, ServerArgs)
@@ -30,12 +32,49 @@ CONFIGS = (SamplingParams, GenerateArgs, ServerArgs)
         ({"device": "tpu"}, "one of auto, cuda, cpu"),
         ({"dit_precision": "int8"}, "--dit-precision"),
         ({"frame_slots": None}, "--frame-slots"),
+        ({"worker_endpoint": "udp://10.0.0.1:5000"}, "--worker-endpoint: tcp://HOST:PORT"),
+        ({"worker_endpoint": "tcp://10.0.0.1:65534", "keys": "k"}, "a port up to 65533"),
+        ({"worker_endpoint": "tcp://0.0.0.0:5000", "keys": "k"}, "numeric address of a private interface"),
+        ({"worker_endpoint": "tcp://node:5000", "keys": "k"}, "got 'node'"),
+        ({"keys": None, "worker_endpoint": "tcp://10.0.0.1:5000"}, "tcp needs --keys DIR"),
+        ({"interface": "none0"}, "no network interface 'none0'; it has lo"),
     ],
 )
 def test_wrong_server_args_name_the_flag(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         ServerArgs(**values)
     assert caught.value.param in values
+
+
+def test_a_workers_flags_are_checked() -> None:
+    with pytest.raises(ConfigError, match="--scheduler: tcp://HOST:PORT of a running server"):
+        WorkerArgs()
+    with pytest.raises(ConfigError, match="tcp needs --keys DIR"):
+        WorkerArgs(scheduler="tcp://10.0.0.1:5000")
+    assert WorkerArgs(scheduler="tcp://login-node:5000", keys="k").endpoint == "tcp://login-node:5000"
+
+
+def test_torchruns_environment_is_read_and_a_process_without_it_is_told_how_to_start() -> None:
+    environ = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    environ |= {"TORCHELASTIC_RUN_ID": "a", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+    assert torchrun_rank(environ) == TorchrunRank(3, 4, 1, 2, 2, "a", "n0", 29500)
+    with pytest.raises(ConfigError, match="started by torchrun"):
+        torchrun_rank({})
+
+
+def test_the_interface_goes_to_gloo_and_nccl_and_must_not_contradict_the_environment() -> None:
+    assert interface_variables(None, {}) == {}
+    assert interface_variables("lo", {}) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    with pytest.raises(ConfigError, match="none0"):
+        interface_variables("none0", {})
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME=eth9"):
+        interface_variables("lo", {"GLOO_SOCKET_IFNAME": "eth9"})
+
+
+def test_addresses_and_ports_are_found() -> None:
+    assert interface_address("lo") == "127.0.0.1"
+    assert address_towards("127.0.0.1", 1) == "127.0.0.1"
+    assert 0 < free_ports("127.0.0.1", 3) <= 65533
 
 
 def test_replicas_share_the_workers() -> None:

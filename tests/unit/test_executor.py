@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from safelight.runtime.messages import (
     CheckpointCommitted,
     CheckpointFailed,
     CheckpointRef,
+    ChunkReady,
     Decode,
     Denoise,
     Drop,
@@ -37,7 +40,9 @@ from safelight.runtime.messages import (
 )
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
 from safelight.runtime.worker.checkpoint import CheckpointWriter, read_checkpoint
+from safelight.runtime.worker.completer import Completer
 from safelight.runtime.worker.executor import Executor, Launched, result_of
+from safelight.runtime.worker.link import Link
 
 REQUEST = GenerationRequest(
     prompt="p",
@@ -101,7 +106,14 @@ class FakePipeline:
 
 
 class Rig:
-    def __init__(self, folder: Path, world_size: int = 1, rank: int = 0, collective_decode: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world_size: int = 1,
+        rank: int = 0,
+        collective_decode: bool = False,
+        **changes: Any,
+    ) -> None:
         endpoints = Endpoints(*["ipc:///unused"] * 6)
         self.sent: list[FromWorker] = []
         self.checkpoints = CheckpointWriter(folder)
@@ -124,6 +136,7 @@ class Rig:
             ranks_on_host=1,
             log_level="info",
         )
+        self.spec = spec = msgspec.structs.replace(spec, **changes)
         self.pipeline = FakePipeline(collective_decode)
         self.executor = Executor(self.pipeline, spec, self.checkpoints, self.sent.append)
         self.number = 0
@@ -157,6 +170,44 @@ def test_a_job_runs_from_encoding_to_its_last_chunk(rig: Rig) -> None:
     results = [result_of(op) for op in launched.ops]
     assert [r.last_chunk for r in results] == [False, False, True]
     assert [int(op.chunk.frames[0, 0, 0, 0]) for op in launched.ops if op.chunk] == [0, 1, 2]
+
+
+class FakeLink:
+    def __init__(self) -> None:
+        self.chunks: list[tuple[ChunkReady, bytes]] = []
+
+    def send_chunk(self, message: ChunkReady, frames: Sequence[memoryview] = ()) -> None:
+        self.chunks.append((message, b"".join(frames)))
+
+    def send(self, message: FromWorker) -> None: ...
+    def note_done(self, plan: Plan) -> None: ...
+
+
+def test_frames_for_another_host_travel_with_their_message_and_keep_their_slots(tmp_path: Path) -> None:
+    rig, link, failures = Rig(tmp_path, slots=None), FakeLink(), list[Exception]()
+    rig.run(*start(), step("a", 0))
+    completer = Completer(rig.spec, cast(Link, link), torch.device("cpu"), 0, failures.append)
+    completer.submit(rig.run(Decode("a", 0, 0, 0, 0, slot=3), Decode("a", 0, 0, 0, 1, slot=1)))
+    completer.close()
+    assert not failures
+    sent = [(m.slot, m.chunk, m.remote, m.nbytes, m.crc32) for m, _ in link.chunks]
+    parts = [bytes(16 * 16 * 3), bytes([1]) * (16 * 16 * 3)]
+    assert [part for _, part in link.chunks] == parts
+    assert sent == [(3, 0, True, 768, zlib.crc32(parts[0])), (1, 1, True, 768, zlib.crc32(parts[1]))]
+
+
+def test_without_a_folder_that_all_ranks_see_checkpoints_fail_and_none_is_resumed(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_dir="")
+    rig.checkpoints.close()
+    rig.checkpoints = CheckpointWriter(None)
+    rig.executor = Executor(rig.pipeline, rig.spec, rig.checkpoints, rig.sent.append)
+    rig.run(*start(), step("a", 0), Checkpoint("a", 0, 0, 1))
+    rig.checkpoints.close()
+    (failed,) = rig.sent
+    assert isinstance(failed, CheckpointFailed)
+    assert "--state-dir" in failed.error.message
+    ref = CheckpointRef(str(tmp_path / "a"), 1, "0")
+    assert rig.codes(Prepare("a", 0, 0, ref)) == ["job_failed"]
 
 
 def test_chunk_zero_starts_over_and_a_skipped_chunk_is_refused(rig: Rig) -> None:

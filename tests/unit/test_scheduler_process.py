@@ -15,6 +15,7 @@ import zmq
 
 from safelight.runtime import messages as m
 from safelight.runtime import transport
+from safelight.runtime.scheduler.journal import Journal
 from safelight.runtime.scheduler.main import Profiler, _sweep_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +174,27 @@ def test_malformed_frames_are_dropped_and_refusals_name_the_parameter(peers: Pee
     assert (refused.error.code, refused.error.param) == ("invalid_request", "num_inference_steps")
     peers.submit(SECOND)
     peers.until(lambda: peers.published)
+
+
+def test_a_checkpoint_that_is_not_here_is_not_journalled_and_warned_of_once(peers: Peers, tmp_path: Path) -> None:
+    peers.answering = False
+    peers.submit(FIRST)
+    peers.until(lambda: peers.plans)
+    here = tmp_path / f"{FIRST}-0-0-1.safetensors"
+    here.touch()
+    for path, step in ((here, 1), (Path("/elsewhere/a"), 2), (Path("/elsewhere/b"), 3)):
+        ref = m.CheckpointRef(str(path), step, "0")
+        peers.worker.send(m.CheckpointCommitted(0, 0, FIRST, 0, 0, ref))
+    told = len([r for r in peers.replies if isinstance(r, m.ControlHeartbeat)])
+    peers.until(lambda: len([r for r in peers.replies if isinstance(r, m.ControlHeartbeat)]) > told + 1)
+    peers.process.kill()
+    _, said = peers.process.communicate()
+    assert said.count(b"let --state-dir name a folder") == 1
+    journal = Journal(Path(peers.spec.journal), lambda: None)
+    (history,) = journal.recovered.histories
+    journal.close()
+    assert history.checkpoint is not None
+    assert history.checkpoint.ref.path == str(here)
 
 
 def test_it_ends_at_shutdown_and_when_its_parent_is_gone(peers: Peers) -> None:
