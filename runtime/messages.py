@@ -9,7 +9,7 @@ One tagged union per link and direction; the link table:
     chunks                   worker DEALER -> output ROUTER         ChunkReady
     join                     torchrun's rank DEALER -> supervisor   ToJoin        (replies: FromJoin)
     events                   frontend DEALER -> output ROUTER       ToEvents      (replies: Event)
-    control                  supervisor ROUTER -> scheduler/output  ToControlled  (replies: FromControlled)
+    control                  supervisor ROUTER -> the children      ToControlled  (replies: FromControlled)
 
 Tensors and media never travel in a message: they are extra ZMQ frames or slots in shared memory. Epochs: the scheduler
 raises `scheduler_epoch` in its journal at each start; the supervisor raises `group_epoch` at each start of a group; a
@@ -124,7 +124,8 @@ class Submit(Wire):
     """The same (owner, job) with the same body returns the existing job; another body is a Conflict.
 
     `attached` jobs hold a lease that the client renews (RenewLease) every 2 s; 10 s without renewal cancels them.
-    `deadline_s` is seconds from acceptance until the job is cancelled if it is not done.
+    `deadline_s` is seconds from acceptance until the job is cancelled if it is not done. `origin` names the collection
+    that lists the job ("videos"); it is no part of the body.
     """
 
     job: str  # ULID
@@ -133,12 +134,20 @@ class Submit(Wire):
     attached: bool = True
     priority: Priority = Priority.NORMAL
     deadline_s: float | None = None
+    origin: str = ""
 
 
 class Cancel(Wire):
     job: str
     owner: str
     reason: str = "cancelled by the client"
+
+
+class Forget(Wire):
+    """Ends the job if it is not over, and deletes its record and its files."""
+
+    job: str
+    owner: str
 
 
 class RenewLease(Wire):
@@ -151,11 +160,22 @@ class QueryJob(Wire):
     owner: str
 
 
+class ListJobs(Wire):
+    """A page of the owner's jobs of one origin in order of acceptance; `after` is the last job of the page before."""
+
+    ask: str  # echoed by the answer
+    owner: str
+    origin: str
+    after: str | None = None
+    limit: int = 20
+    descending: bool = True
+
+
 class QueryStatus(Wire):
     """Readiness and load of the whole server."""
 
 
-ToScheduler = Submit | Cancel | RenewLease | QueryJob | QueryStatus
+ToScheduler = Submit | Cancel | Forget | RenewLease | QueryJob | ListJobs | QueryStatus
 
 
 class Accepted(Wire):
@@ -176,12 +196,45 @@ class CancelAccepted(Wire):
     job: str
 
 
+class Forgotten(Wire):
+    job: str
+
+
+class JobInfo(Part):
+    """What a job was asked for, and when. Times are seconds since 1970."""
+
+    origin: str
+    prompt: str
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    seed: int
+    num_outputs: int
+    created_at: float
+    ended_at: float | None = None
+    expires_at: float | None = None
+
+
 class JobState(Wire):
+    """`progress` is the share of the predicted work that is done, `eta_ms` what is left with the work before it."""
+
     job: str
     stage: Stage
     status: Status | None = None  # set once terminal
     artifacts: tuple[Artifact, ...] = ()
     error: ErrorInfo | None = None
+    info: JobInfo | None = None
+    progress: float = 0.0
+    position: int = 0
+    eta_ms: float | None = None
+
+
+class JobPage(Wire):
+    ask: str
+    jobs: tuple[JobState, ...]
+    has_more: bool = False
 
 
 class GroupState(Part):
@@ -190,6 +243,8 @@ class GroupState(Part):
     phase: str  # "starting", "loading", ..., "ready", "dead"
     ready_ranks: int
     world_size: int
+    silent_s: float = 0.0  # since the last word of its quietest rank
+    busy_ms: float = 0.0  # of computing, since this scheduler started
 
 
 class ServerStatus(Wire):
@@ -199,9 +254,12 @@ class ServerStatus(Wire):
     output_alive: bool
     queued: int
     running: int
+    output_silent_s: float = 0.0
+    backlog_ms: float = 0.0  # predicted work of everything accepted
+    stored_bytes: int = 0  # of the artifacts of ended jobs
 
 
-FromScheduler = Accepted | Refused | CancelAccepted | JobState | ServerStatus
+FromScheduler = Accepted | Refused | CancelAccepted | Forgotten | JobState | JobPage | ServerStatus
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -360,7 +418,7 @@ class GroupFailed(Wire):
 
 
 class Heartbeat(Wire):
-    """Every second from each rank, from its first moment; a new scheduler learns of ranks by it."""
+    """Twice a second from each rank, from its first moment; a new scheduler learns of ranks by it."""
 
     group: int
     rank: int
@@ -507,7 +565,7 @@ ToOutput = OpenJob | OpenTake | Progress | DropOutput | Publish | OutputReset | 
 
 
 class OutputHello(Wire):
-    """Every second. `instance` is drawn at each start of the output process: a new value means that it restarted."""
+    """Twice a second. `instance` is drawn at each start of the output process: a new value means that it restarted."""
 
     instance: str
     pid: int
@@ -630,9 +688,9 @@ ToControlled = RankExited | GroupStarting | GroupGivenUp | Drain | Shutdown
 
 
 class ControlHeartbeat(Wire):
-    """Every second from scheduler and output to the supervisor. `instance` changes with each start."""
+    """Every second or oftener from each child to the supervisor. `instance` changes with each start."""
 
-    role: str  # "scheduler" | "output"
+    role: str  # "scheduler" | "output" | "frontend"
     instance: str
     pid: int
 
@@ -699,6 +757,8 @@ class SchedulerSpec(Part):
     log_level: str
     min_op_deadline_s: float = 30.0  # no plan is overdue before
     keys: str | None = None  # folder of the CURVE keys, for tcp endpoints
+    artifact_ttl_s: float | None = None  # an ended job and its files are forgotten after this
+    artifact_quota_bytes: int | None = None  # the oldest ended jobs are forgotten above this
 
 
 class OutputSpec(Part):
@@ -708,6 +768,37 @@ class OutputSpec(Part):
     encode_threads: int
     log_level: str
     keys: str | None = None
+
+
+class RequestLimits(Part):
+    """What the frontend refuses before any work."""
+
+    max_pixels: int
+    max_frames: int
+    max_steps: int
+    max_outputs: int
+    max_body_bytes: int
+
+
+class ServedModel(Part):
+    """What clients are told of the model; `root` is its directory on this host."""
+
+    id: str
+    root: str
+    num_gpus: int
+    dit_precision: str
+    vae_precision: str
+
+
+class FrontendSpec(Part):
+    """`listen_fd` is a bound, listening socket that the child inherits. `api_keys`: (owner, key); none: no check."""
+
+    endpoints: Endpoints
+    listen_fd: int
+    model: ServedModel
+    limits: RequestLimits
+    api_keys: tuple[tuple[str, str], ...]
+    log_level: str
 
 
 class WorkerSpec(Part):

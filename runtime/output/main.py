@@ -40,7 +40,7 @@ from safelight.runtime.output.events import Delivery, EventStreams
 from safelight.runtime.output.takes import Takes
 from safelight.runtime.slots import MappedPool
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 RETRY_MS = 20  # while a subscriber's queue is full
 log = logging.getLogger(__name__)
 

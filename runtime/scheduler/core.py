@@ -7,13 +7,13 @@ job's turns), planning (plans), fleet (groups), deliveries (output), checkpoints
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from safelight.runtime import messages as m
 from safelight.runtime.errors import SafelightError
-from safelight.runtime.scheduler import deliveries, fleet, lifecycle, planning, submissions
+from safelight.runtime.scheduler import deliveries, fleet, lifecycle, planning, retention, submissions
 from safelight.runtime.scheduler.events import (
     Action,
     ClientSaid,
@@ -37,13 +37,18 @@ SAVING_S = 5.0  # for the checkpoints, beside the plans that are under way when 
 class SchedulerCore:
     """One scheduler process's decisions. `epoch` was raised in the journal before; `histories` is what it holds."""
 
-    def __init__(self, config: CoreConfig, epoch: int, histories: Iterable[History] = (), now: float = 0.0) -> None:
+    def __init__(self, config: CoreConfig, epoch: int, histories: Sequence[History] = (), now: float = 0.0) -> None:
         self.state = State(config, epoch, now)
         self._recovered_at = now
         if epoch > 1:
             self.state.unsettled = set(self.state.groups)
+        ended = [h for h in histories if h.terminal is not None]
+        for history in sorted(ended, key=lambda h: h.terminal.at if h.terminal is not None else 0.0):
+            _recover_ended(self.state, history)
         for history in histories:
-            _recover(self.state, history)
+            if history.terminal is None:
+                _recover(self.state, history)
+        retention.sweep(self.state)
 
     def handle(self, event: CoreEvent, now: float) -> list[Action]:
         """Everything that follows from one event, in the order in which it has to be carried out."""
@@ -88,6 +93,7 @@ class SchedulerCore:
     def _tick(self) -> None:
         s = self.state
         submissions.expire(s)
+        retention.sweep(s)
         fleet.watch(s)
         if s.awaiting and s.now > self._recovered_at + RECOVERY_S:
             for group in list(s.awaiting):
@@ -127,26 +133,36 @@ def _steps_planned(run: Run) -> int:
     return run.job.profile.steps if run.planned.stage > Stage.DENOISE else 0
 
 
+def _recover_ended(s: State, history: History) -> None:
+    submit, terminal = history.submit, history.terminal
+    assert terminal is not None
+    s.next_seq = max(s.next_seq, submit.seq + 1)
+    r = submit.request
+    opening = m.OpenJob(submit.job, submit.owner, r.media, r.fps, r.num_frames, r.height, r.width, r.num_outputs)
+    info = m.JobInfo(
+        submit.origin, r.prompt, r.height, r.width, r.num_frames, r.fps, r.num_inference_steps, r.seed,
+        r.num_outputs, submit.accepted_at,
+    )  # fmt: skip
+    retention.keep(s, Ended(submit.seq, submit.body_sha256, opening, terminal, info))
+    lifecycle.publish(s, terminal)
+
+
 def _recover(s: State, history: History) -> None:
-    """One job of the journal: ended, waiting for the group that had it, or waiting."""
+    """One job of the journal that has not ended: waiting for the group that had it, or waiting."""
     submit, admission = history.submit, history.admission
     s.next_seq = max(s.next_seq, submit.seq + 1)
     r = submit.request
-    if history.terminal is not None:
-        opening = m.OpenJob(submit.job, submit.owner, r.media, r.fps, r.num_frames, r.height, r.width, r.num_outputs)
-        s.ended[submit.job] = Ended(submit.body_sha256, opening, history.terminal)
-        lifecycle.publish(s, history.terminal)
-        return
     try:
         profile = s.config.profile_of(r)
     except SafelightError as error:  # accepted under another model
-        failed = TerminalRecord(submit.job, m.Status.FAILED, (), m.ErrorInfo(error.code, error.message, error.param))
-        s.journal(failed, partial(_recover, s, replace(history, terminal=failed)))
+        info = m.ErrorInfo(error.code, error.message, error.param)
+        failed = TerminalRecord(submit.job, m.Status.FAILED, (), info, s.now)
+        s.journal(failed, partial(_recover_ended, s, replace(history, terminal=failed)))
         return
     job = Job(
         submit.job, submit.owner, submit.seq, submit.body_sha256, r, profile, submit.attached, submit.priority,
         submit.accepted_at, submit.deadline_at, s.now + submissions.LEASE_S, accepted=True,
-        checkpoint=history.checkpoint, artifacts=dict(history.artifacts),
+        checkpoint=history.checkpoint, artifacts=dict(history.artifacts), origin=submit.origin,
     )  # fmt: skip
     s.jobs[job.id] = job
     submissions.watch(s, job)

@@ -94,7 +94,7 @@ class JournalWrite:
 
 @dataclass(frozen=True, slots=True)
 class DeleteFile:
-    """A checkpoint that no recovery will read again."""
+    """A checkpoint that no recovery will read again, or a file of a job that is being forgotten."""
 
     path: str
 

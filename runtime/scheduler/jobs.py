@@ -102,6 +102,8 @@ class Job:
     passed_over: int = 0  # others that entered while this one was first and did not fit
     submitters: list[tuple[bytes, bool]] = field(default_factory=list)  # (identity, existing) waiting for Accepted
     cancellers: list[bytes] = field(default_factory=list)  # waiting for CancelAccepted
+    forgetters: list[bytes] = field(default_factory=list)  # waiting for Forgotten: the record goes with the end
+    origin: str = ""
 
     @property
     def next_index(self) -> int:
@@ -114,6 +116,14 @@ class Job:
         r = self.request
         return m.OpenJob(self.id, self.owner, r.media, r.fps, r.num_frames, r.height, r.width, r.num_outputs)
 
+    @property
+    def info(self) -> m.JobInfo:
+        r = self.request
+        return m.JobInfo(
+            self.origin, r.prompt, r.height, r.width, r.num_frames, r.fps, r.num_inference_steps, r.seed,
+            r.num_outputs, self.accepted_at,
+        )  # fmt: skip
+
     def resume_ref(self, index: int) -> m.CheckpointRef | None:
         """The journalled checkpoint of an output."""
         return self.checkpoint.ref if self.checkpoint is not None and self.checkpoint.index == index else None
@@ -123,9 +133,15 @@ class Job:
 class Ended:
     """What is kept of a job whose terminal is journalled."""
 
+    seq: int
     body_sha256: bytes
     opening: m.OpenJob
     terminal: TerminalRecord
+    info: m.JobInfo
+
+    @property
+    def nbytes(self) -> int:
+        return sum(artifact.nbytes for artifact in self.terminal.artifacts)
 
 
 @dataclass(slots=True, eq=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from safelight.runtime import messages as m
-from safelight.runtime.scheduler import checkpoints, placement
+from safelight.runtime.scheduler import checkpoints, placement, retention
 from safelight.runtime.scheduler.admission import too_large, view
 from safelight.runtime.scheduler.jobs import Cursor, Ended, Job, Run, Stage
 from safelight.runtime.scheduler.policy import JobView
-from safelight.runtime.scheduler.records import AdmissionRecord, ForgetRecord, TerminalRecord
+from safelight.runtime.scheduler.records import AdmissionRecord, TerminalRecord
 from safelight.runtime.scheduler.state import Group, State
 
 MAX_RESIDENT = 16
@@ -229,7 +229,7 @@ def end(s: State, job: Job, status: m.Status, error: m.ErrorInfo | None = None) 
     if job.terminal is not None:
         return
     artifacts = tuple(job.artifacts[i] for i in sorted(job.artifacts)) if status == m.Status.COMPLETED else ()
-    job.terminal = TerminalRecord(job.id, status, artifacts, error)
+    job.terminal = TerminalRecord(job.id, status, artifacts, error, s.now)
     dequeue(s, job)
     if job.run is not None:
         leave(s, job.run, aborted=status != m.Status.COMPLETED)
@@ -239,15 +239,14 @@ def end(s: State, job: Job, status: m.Status, error: m.ErrorInfo | None = None) 
 def _ended(s: State, job: Job) -> None:
     assert job.terminal is not None
     del s.jobs[job.id]
-    s.ended[job.id] = Ended(job.body_sha256, job.opening, job.terminal)
+    retention.keep(s, Ended(job.seq, job.body_sha256, job.opening, job.terminal, job.info))
     publish(s, job.terminal)
     for identity in job.cancellers:
         s.to_client(identity, m.CancelAccepted(job.id))
     checkpoints.job_ended(s, job)
-    while len(s.ended) > s.config.keep_ended:
-        oldest = next(iter(s.ended))
-        del s.ended[oldest]
-        s.journal(ForgetRecord(oldest))
+    if job.forgetters:
+        retention.forget(s, job.id, job.forgetters)
+    retention.sweep(s)
 
 
 def publish(s: State, t: TerminalRecord) -> None:

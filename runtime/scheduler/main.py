@@ -62,6 +62,8 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         max_plan_ms=spec.max_plan_ms,
         checkpoint_every=spec.checkpoint_every,
         min_op_deadline_s=spec.min_op_deadline_s,
+        artifact_ttl_s=spec.artifact_ttl_s,
+        artifact_quota_bytes=spec.artifact_quota_bytes,
     )
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     with contextlib.ExitStack() as stack:

@@ -151,7 +151,9 @@ def _settle_op(s: State, g: Group, op: m.Op, results: tuple[m.OpResult, ...]) ->
     if error is not None:
         lifecycle.end(s, run.job, m.Status.FAILED, error)
         return
-    s.cost.learn(op, run.job.profile, max(r.ms for r in results), g.id)
+    ms = max(r.ms for r in results)
+    g.busy_ms += ms
+    s.cost.learn(op, run.job.profile, ms, g.id)
     after = run.done_after(op)
     if after is None:
         return

@@ -35,6 +35,7 @@ class SubmitRecord(_Record, frozen=True):
     priority: Priority
     accepted_at: float
     deadline_at: float | None = None
+    origin: str = ""
 
 
 class AdmissionRecord(_Record, frozen=True):
@@ -67,10 +68,11 @@ class TerminalRecord(_Record, frozen=True):
     status: Status
     artifacts: tuple[Artifact, ...] = ()
     error: ErrorInfo | None = None
+    at: float = 0.0
 
 
 class ForgetRecord(_Record, frozen=True):
-    """Deletes everything about a job that ended long ago."""
+    """Deletes everything about a job that ended: long ago, or its client wants it gone."""
 
 
 Record = SubmitRecord | AdmissionRecord | CheckpointRecord | ArtifactRecord | TerminalRecord | ForgetRecord

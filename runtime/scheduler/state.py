@@ -48,6 +48,8 @@ class CoreConfig:
     job_id: re.Pattern[str] = JOB_ID
     keep_ended: int = 10_000  # ended jobs that clients may still ask for
     min_op_deadline_s: float = 30.0  # of a plan, however short it is predicted to be
+    artifact_ttl_s: float | None = None
+    artifact_quota_bytes: int | None = None
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ class Group:
     memory: Memory = field(default_factory=Memory)
     budget_known: bool = False
     dying: list[Attempt] = field(default_factory=list)  # attempts whose ranks may still write to slots
+    busy_ms: float = 0.0
 
     @property
     def alive(self) -> bool:
@@ -116,7 +119,8 @@ class State:
     epoch: int
     now: float = 0.0
     jobs: dict[str, Job] = field(default_factory=dict)  # without a journalled terminal
-    ended: dict[str, Ended] = field(default_factory=dict)  # with one, oldest first
+    ended: dict[str, Ended] = field(default_factory=dict)  # with one, the oldest end first
+    stored_bytes: int = 0  # of the artifacts of `ended`
     queue: Queue = field(init=False)
     suspects: deque[Job] = field(default_factory=deque)  # wait for an empty group
     awaiting: dict[int, list[Job]] = field(default_factory=dict)  # may still live in a group of an earlier scheduler

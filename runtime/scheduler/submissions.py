@@ -10,8 +10,8 @@ import msgspec
 
 from safelight.runtime import messages as m
 from safelight.runtime.errors import SafelightError
-from safelight.runtime.scheduler import lifecycle
-from safelight.runtime.scheduler.jobs import WIRE_STAGE, Ended, Job
+from safelight.runtime.scheduler import lifecycle, listing, retention
+from safelight.runtime.scheduler.jobs import Ended, Job
 from safelight.runtime.scheduler.records import SubmitRecord
 from safelight.runtime.scheduler.state import State
 
@@ -26,12 +26,17 @@ def said(s: State, identity: bytes, message: m.ToScheduler) -> None:
             s.to_client(identity, m.Refused(message.job, error))
     elif isinstance(message, m.Cancel):
         _cancel(s, identity, message)
+    elif isinstance(message, m.Forget):
+        _forget(s, identity, message)
     elif isinstance(message, m.RenewLease):
         for job in filter(None, map(s.jobs.get, message.jobs)):
             if job.owner == message.owner:
                 job.lease_until = s.now + LEASE_S
     elif isinstance(message, m.QueryJob):
-        s.to_client(identity, _job_state(s, message) or m.Refused(message.job, _not_found(message.job)))
+        s.to_client(identity, listing.state_of(s, message.job, message.owner) or _unknown(message.job))
+    elif isinstance(message, m.ListJobs):
+        page = listing.page(s, message)
+        s.to_client(identity, page or m.Refused(message.ask, _not_found(message.after or "")))
     else:
         s.to_client(identity, server_status(s))
 
@@ -59,8 +64,9 @@ def _submit(s: State, identity: bytes, message: m.Submit) -> m.ErrorInfo | None:
     s.jobs[job.id] = job
     job.submitters.append((identity, False))
     record = SubmitRecord(
-        job.id, job.owner, job.seq, body, job.request, job.attached, job.priority, job.accepted_at, job.deadline_at
-    )
+        job.id, job.owner, job.seq, body, job.request, job.attached, job.priority, job.accepted_at, job.deadline_at,
+        job.origin,
+    )  # fmt: skip
     s.journal(record, partial(_accepted, s, job))
     watch(s, job)
     return None
@@ -85,7 +91,7 @@ def _new_job(s: State, message: m.Submit, body: bytes) -> Job | m.ErrorInfo:
     deadline_at = s.now + message.deadline_s if message.deadline_s is not None else None
     return Job(
         message.job, message.owner, s.next_seq, body, message.request, profile, message.attached, message.priority,
-        s.now, deadline_at, s.now + LEASE_S,
+        s.now, deadline_at, s.now + LEASE_S, origin=message.origin,
     )  # fmt: skip
 
 
@@ -135,32 +141,42 @@ def _cancel(s: State, identity: bytes, message: m.Cancel) -> None:
     elif ended is not None and ended.opening.owner == message.owner:
         s.to_client(identity, m.CancelAccepted(message.job))
     else:
-        s.to_client(identity, m.Refused(message.job, _not_found(message.job)))
+        s.to_client(identity, _unknown(message.job))
+
+
+def _forget(s: State, identity: bytes, message: m.Forget) -> None:
+    job, ended = s.jobs.get(message.job), s.ended.get(message.job)
+    if job is not None and job.owner == message.owner:
+        job.forgetters.append(identity)
+        lifecycle.end(s, job, m.Status.CANCELLED, m.ErrorInfo("cancelled", "deleted by the client"))
+    elif ended is not None and ended.opening.owner == message.owner:
+        retention.forget(s, message.job, [identity])
+    else:
+        s.to_client(identity, _unknown(message.job))
+
+
+def _unknown(job: str) -> m.Refused:
+    return m.Refused(job, _not_found(job))
 
 
 def _not_found(job: str) -> m.ErrorInfo:
     return m.ErrorInfo("not_found", f"there is no job {job[:80]!r} of this owner")
 
 
-def _job_state(s: State, query: m.QueryJob) -> m.JobState | None:
-    job, ended = s.jobs.get(query.job), s.ended.get(query.job)
-    if job is not None and job.owner == query.owner:
-        stage = WIRE_STAGE[job.run.done.stage] if job.run is not None else m.Stage.QUEUED
-        return m.JobState(job.id, stage, artifacts=tuple(job.artifacts[i] for i in sorted(job.artifacts)))
-    if ended is not None and ended.opening.owner == query.owner:
-        t = ended.terminal
-        return m.JobState(query.job, m.Stage.SAVING, t.status, t.artifacts, t.error)
-    return None
-
-
 def server_status(s: State) -> m.ServerStatus:
     groups = tuple(
-        m.GroupState(g.id, g.epoch, g.phase, sum(r.ready is not None for r in g.ranks.values()), g.world_size)
+        m.GroupState(
+            g.id, g.epoch, g.phase, sum(r.ready is not None for r in g.ranks.values()), g.world_size,
+            max((s.now - r.heard_at for r in g.ranks.values() if r.heard), default=0.0), g.busy_ms,
+        )
         for g in s.groups.values()
-    )
+    )  # fmt: skip
     queued = waiting(s)
     ready = s.output.ready and any(g.usable for g in s.groups.values()) and not s.draining
-    return m.ServerStatus(ready, s.draining, groups, s.output.ready, queued, len(s.jobs) - queued)
+    return m.ServerStatus(
+        ready, s.draining, groups, s.output.ready, queued, len(s.jobs) - queued,
+        s.now - s.output.heard_at if s.output.instance else 0.0, lifecycle.backlog_ms(s), s.stored_bytes,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from safelight.runtime.messages import (
 )
 from safelight.runtime.worker.gate import PlanGate
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 Outbox = deque[tuple[msgspec.Struct, Sequence[bytes | memoryview]]]
 log = logging.getLogger(__name__)
 

@@ -347,7 +347,7 @@ class World:
                 raise Violation(f"slot {op.slot} granted while output will still read it")
 
     def _answer(self, message: m.FromScheduler) -> None:
-        if isinstance(message, m.ServerStatus | m.JobState):
+        if isinstance(message, m.ServerStatus | m.JobState | m.JobPage):
             return
         if isinstance(message, m.Accepted):
             kinds = ["submit"]
