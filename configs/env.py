@@ -15,6 +15,7 @@ FIELD_OF_VARIABLE = MappingProxyType(
     {
         "SGLANG_DIFFUSION_TARGET_DEVICE": "device",
         "SGLANG_DIFFUSION_LOGGING_LEVEL": "log_level",
+        "SAFELIGHT_API_KEY": "api_key",
         "SAFELIGHT_DEVICE": "device",
         "SAFELIGHT_INTERFACE": "interface",
         "SAFELIGHT_KEYS": "keys",
@@ -68,6 +69,11 @@ def interface_variables(name: str | None, environ: Mapping[str, str]) -> dict[st
         if (found := environ.get(variable, name)) != name:
             raise ConfigError(f"--interface {name} contradicts {variable}={found}; unset one", param="interface")
     return dict.fromkeys(_INTERFACE_VARIABLES, name)
+
+
+def api_key(environ: Mapping[str, str]) -> str | None:
+    """The key that clients of `serve` must send: a secret, so there is no flag for it."""
+    return environ.get("SAFELIGHT_API_KEY", "").strip() or None
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -53,6 +53,12 @@ class ServerArgs:
     checkpoint_every: int = option(0, "steps between checkpoints of a job's latents; 0: none", minimum=0)
     frame_slots: int = option(4, "buffers for decoded frames on their way to the encoder", minimum=1)
     state_dir: str | None = option(None, "folder of journal, checkpoints and artifacts; unset: a temporary one")
+    artifact_ttl_s: float | None = option(
+        None, "seconds after its end that a job and its files are kept; unset: no limit", minimum=1
+    )
+    artifact_quota_mb: float | None = option(
+        None, "megabytes of results above which the oldest are deleted; unset: no limit", minimum=1
+    )
     startup_timeout_s: float = option(1800.0, "seconds until all workers must be ready", minimum=1)
     drain_grace_s: float = option(30.0, "seconds that running jobs get to finish after SIGTERM", minimum=0)
     log_level: str = option("warning", "of every process", choices=("debug", "info", "warning", "error"))

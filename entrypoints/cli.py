@@ -12,6 +12,7 @@ import typer
 
 import safelight
 from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.http_args import HttpArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints.flags import merged, with_flags
@@ -62,6 +63,21 @@ def generate(
 
     sampling, files, server = merged(given, config, (SamplingParams, GenerateArgs, ServerArgs))
     raise typer.Exit(run(SamplingParams(**sampling), GenerateArgs(**files), ServerArgs(**server)))
+
+
+@app.command()
+@with_flags({"Service": HttpArgs, "Model and processes": ServerArgs})
+def serve(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="JSON or YAML file of these flags; the command line wins")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Keeps a model loaded and answers OpenAI's Images and Videos API."""
+    from safelight.entrypoints.serve import run
+
+    http, server = merged(given, config, (HttpArgs, ServerArgs))
+    raise typer.Exit(run(HttpArgs(**http), ServerArgs(**server)))
 
 
 @app.command()

@@ -93,6 +93,11 @@ class Channel(Generic[T]):
         self._router = socket.type == zmq.ROUTER
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
 
+    @property
+    def descriptor(self) -> int:
+        """For event loops. It signals an edge: after each signal and each send, `receive` until there is nothing."""
+        return self.socket.getsockopt(zmq.FD)  # type: ignore[return-value]
+
     def send(self, message: msgspec.Struct, identity: bytes = b"", frames: Sequence[bytes | memoryview] = ()) -> None:
         """Queues a message without blocking. Raises PeerUnreachable."""
         parts = [identity] if self._router else []

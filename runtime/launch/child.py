@@ -1,4 +1,4 @@
-"""The start of a torch-free child (scheduler, output): `python -m safelight.runtime.launch.child ROLE`.
+"""The start of a torch-free child (scheduler, output, frontend): `python -m safelight.runtime.launch.child ROLE`.
 
 stdin carries the length-prefixed spec and then stays open as long as the supervisor lives. A child that cannot start
 writes one encoded ErrorInfo to stdout and exits with 1.
@@ -15,12 +15,12 @@ import msgspec
 
 from safelight.runtime import logs
 from safelight.runtime.errors import SafelightError
-from safelight.runtime.messages import ErrorInfo, OutputSpec, SchedulerSpec
+from safelight.runtime.messages import ErrorInfo, FrontendSpec, OutputSpec, SchedulerSpec
 
 _LENGTH = struct.Struct(">I")
 
 
-def frame_spec(spec: SchedulerSpec | OutputSpec) -> bytes:
+def frame_spec(spec: SchedulerSpec | OutputSpec | FrontendSpec) -> bytes:
     """What the supervisor writes to the child's stdin."""
     data = msgspec.msgpack.encode(spec)
     return _LENGTH.pack(len(data)) + data
@@ -57,6 +57,12 @@ def _run(role: str, spec_bytes: bytes) -> None:
         spec = msgspec.msgpack.decode(spec_bytes, type=SchedulerSpec)
         logs.configure(role, spec.log_level)
         scheduler.main(spec)
+    elif role == "frontend":
+        from safelight.entrypoints.http import main as frontend
+
+        frontend_spec = msgspec.msgpack.decode(spec_bytes, type=FrontendSpec)
+        logs.configure(role, frontend_spec.log_level)
+        frontend.main(frontend_spec)
     else:
         from safelight.runtime.output import main as output
 

@@ -22,7 +22,16 @@ from safelight.runtime.errors import WorkerLost
 from safelight.runtime.launch.child import frame_spec
 from safelight.runtime.launch.joining import JoinedRank
 from safelight.runtime.launch.rank import run_rank
-from safelight.runtime.messages import ErrorInfo, GroupFailed, OutputSpec, PhaseReport, Ready, SchedulerSpec, WorkerSpec
+from safelight.runtime.messages import (
+    ErrorInfo,
+    FrontendSpec,
+    GroupFailed,
+    OutputSpec,
+    PhaseReport,
+    Ready,
+    SchedulerSpec,
+    WorkerSpec,
+)
 
 _STATUS: msgspec.msgpack.Decoder[PhaseReport | Ready | GroupFailed] = msgspec.msgpack.Decoder(
     PhaseReport | Ready | GroupFailed
@@ -56,7 +65,7 @@ def process_state(pid: int) -> str:
 
 @dataclass(slots=True)
 class Child:
-    """A scheduler or output process. `fd` becomes readable when it ends."""
+    """A scheduler, output or frontend process. `fd` becomes readable when it ends."""
 
     role: str
     process: subprocess.Popen[bytes]
@@ -87,11 +96,14 @@ class Child:
         os.close(self.fd)
 
 
-def start_child(role: str, spec: SchedulerSpec | OutputSpec, now: float) -> Child:
+def start_child(role: str, spec: SchedulerSpec | OutputSpec | FrontendSpec, now: float) -> Child:
     """Starts `safelight.runtime.launch.child` with its spec on stdin."""
     command = [sys.executable, "-m", "safelight.runtime.launch.child", role]
+    inherited = (spec.listen_fd,) if isinstance(spec, FrontendSpec) else ()
     with interrupts_blocked():
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment())
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(), pass_fds=inherited
+        )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died already: its end is seen by the watcher
         process.stdin.write(frame_spec(spec))

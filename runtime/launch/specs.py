@@ -31,6 +31,8 @@ def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path
         checkpoint_every=args.checkpoint_every,
         log_level=args.log_level,
         keys=args.keys,
+        artifact_ttl_s=args.artifact_ttl_s,
+        artifact_quota_bytes=None if args.artifact_quota_mb is None else round(args.artifact_quota_mb * 1e6),
     )
 
 
@@ -74,14 +76,21 @@ def check_layout(args: ServerArgs, model: Path) -> None:
     encoder_shares_of(args, model, "cpu")
 
 
+def precisions(args: ServerArgs, device: str) -> tuple[str, str]:
+    """Of transformer and VAE; `auto` is fp32 on a CPU, bf16 on CUDA."""
+    automatic = "bf16" if device == "cuda" else "fp32"
+    dit, vae = (automatic if given == "auto" else given for given in (args.dit_precision, args.vae_precision))
+    return dit, vae
+
+
 def worker_spec(
     args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, device: str, group: Group, rank: int
 ) -> WorkerSpec:
-    """The spec of one rank; precisions `auto` become fp32 on a CPU, bf16 on CUDA. Raises ConfigError and ModelError."""
+    """The spec of one rank. Raises ConfigError and ModelError."""
     world_size, degrees = args.group_size, degrees_of(args, model)
     check_implementations(args.sp_impl, args.attention_backend, degrees, device)
     encoder = encoder_shares_of(args, model, device)
-    automatic = "bf16" if device == "cuda" else "fp32"
+    dit_precision, vae_precision = precisions(args, device)
     return WorkerSpec(
         endpoints=endpoints_of(args, run),
         group=group.number,
@@ -93,8 +102,8 @@ def worker_spec(
         model_path=str(model),
         vae_path=args.vae_path,
         device=device,
-        dit_precision=automatic if args.dit_precision == "auto" else args.dit_precision,
-        vae_precision=automatic if args.vae_precision == "auto" else args.vae_precision,
+        dit_precision=dit_precision,
+        vae_precision=vae_precision,
         checkpoint_dir=str(run.checkpoints),
         slots=pool,
         num_threads=max(1, usable_cores() // (2 * args.num_gpus)) if device == "cpu" else 1,  # spinning threads suffer

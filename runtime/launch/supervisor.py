@@ -1,7 +1,8 @@
-"""Starts scheduler, output and worker groups, watches them, starts again what died. Holds no job state."""
+"""Starts scheduler, output, frontend and worker groups, watches them, starts again what died. Holds no job state."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -30,6 +31,7 @@ from safelight.runtime.messages import (
     Endpoints,
     ErrorInfo,
     FromControlled,
+    FrontendSpec,
     GroupFailed,
     GroupGivenUp,
     GroupStarting,
@@ -43,12 +45,13 @@ from safelight.runtime.messages import (
     ToControlled,
 )
 
-SILENCE_S = 5.0  # of scheduler or output, when the kernel says that the process is stopped
-HANG_S = 30.0  # of scheduler or output, whatever the kernel says
+SILENCE_S = 5.0  # of a child, when the kernel says that the process is stopped
+HANG_S = 30.0  # of a child, whatever the kernel says
 MAX_FAILED_STARTS = 3  # of a group or child in a row that never came up, before it is given up
 MAX_DEATHS = 20  # of a child within DEATHS_S: it dies of something that starting again does not mend
 DEATHS_S = 60.0
 DRAIN_SAVING_S = 120.0  # after the grace detached jobs are saved, which takes as long as the steps under way
+FRONTEND_STOP_S = 3.0  # for answers that are being sent
 _FINAL_ERRORS = (ConfigError.code, ModelError.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,17 @@ class Supervisor:
     """One running server: `with Supervisor(args, model_root, slot_bytes) as server: ...`.
 
     `start` returns as soon as the processes are started; `wait_ready` until every group can run a job. A thread watches
-    and restarts. `failure` is set when the server cannot go on.
+    and restarts. `failure` is set when the server cannot go on. `frontend` makes the specification of a frontend
+    process, for a server that has one.
     """
 
-    def __init__(self, args: ServerArgs, model_root: Path, slot_bytes: int) -> None:
+    def __init__(
+        self,
+        args: ServerArgs,
+        model_root: Path,
+        slot_bytes: int,
+        frontend: Callable[[Endpoints], FrontendSpec] | None = None,
+    ) -> None:
         self._args = args
         self._model_root = model_root
         self._slot_bytes = slot_bytes
@@ -70,8 +80,10 @@ class Supervisor:
         self._starter = RankStarter(["safelight.runtime.worker.main", pipeline.partition(":")[0]])
         self._groups = [Group(number) for number in range(args.replicas)]
         self._children: dict[str, Child] = {}
-        self._child_starts: dict[str, list[float]] = {"scheduler": [], "output": []}
-        self._failed_starts = {"scheduler": 0, "output": 0}
+        self._frontend = frontend
+        self._roles = ("scheduler", "output", "frontend") if frontend else ("scheduler", "output")
+        self._child_starts: dict[str, list[float]] = {role: [] for role in self._roles}
+        self._failed_starts = dict.fromkeys(self._roles, 0)
         self._run_folder: RunFolder | None = None
         self._pool: SlotPool | None = None
         self._context: zmq.Context[Any] = zmq.Context()
@@ -99,7 +111,7 @@ class Supervisor:
             self._control = transport.bind_router(self._context, self.endpoints.control, FromControlled)
             if joining is not None:
                 self._desk = JoinDesk(self._context, joining, self._args.keys, self._args.num_gpus, self._device)
-            for role in ("scheduler", "output"):
+            for role in self._roles:
                 self._start_child(role)
             for group in self._groups:
                 self._start_group(group)
@@ -137,6 +149,18 @@ class Supervisor:
             told = phase
             if time.monotonic() > deadline:
                 raise StartupError(f"not ready after {timeout:.0f} s, still {told}; raise --startup-timeout-s")
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns after `timeout_s`, or earlier when something happened."""
+        with self._changed:
+            if self.failure is None:
+                self._changed.wait(timeout_s)
+
+    def fail(self, error: StartupError) -> None:
+        """The caller knows that the server cannot go on."""
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
 
     def pids(self) -> dict[str, int]:
         """Ids of our processes by role ("scheduler", "output", "worker 0.0", ...), for people and for tests."""
@@ -304,6 +328,9 @@ class Supervisor:
         if role == "scheduler":
             spec = specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root, self._world_size)
             self._children[role] = start_child(role, spec, now)
+        elif role == "frontend":
+            assert self._frontend is not None
+            self._children[role] = start_child(role, self._frontend(self.endpoints), now)
         else:
             self._children[role] = start_child(role, specs.output_spec(self._args, self._run_folder, self._pool), now)
 
@@ -412,8 +439,16 @@ class Supervisor:
             error.__cause__ = from_code(info.code, info.message, info.param)
         self.failure = error
 
+    def _stop_frontend(self) -> None:
+        """First of all, so that its last answers still find the others."""
+        child = self._children.get("frontend")
+        if child and self._tell("frontend", Shutdown("the server stops")):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(FRONTEND_STOP_S)
+
     def _teardown(self) -> None:
-        for role in tuple(self._children):
+        self._stop_frontend()
+        for role in ("scheduler", "output"):
             self._tell(role, Shutdown("the server stops"))
         if self._desk:
             self._desk.dismiss()

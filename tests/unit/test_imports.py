@@ -47,7 +47,9 @@ ALLOWED = {
     "runtime.parallel": ("runtime.errors", "runtime.parallel", "kernels"),
     "kernels": ("kernels", "runtime.errors"),
 }
-LAZY = {"runtime.launch": ("runtime.scheduler.main", "runtime.output.main", "runtime.worker")}
+LAZY = {
+    "runtime.launch": ("runtime.scheduler.main", "runtime.output.main", "entrypoints.http.main", "runtime.worker"),
+}
 NO_TORCH = ("configs", "entrypoints", "runtime.launch", "runtime.scheduler", "runtime.output", "runtime.text")
 
 

@@ -1,0 +1,142 @@
+"""From OpenAI's request structs to a GenerationRequest: names, limits, the family's rules, tokens. No work yet."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safelight.configs.families import FAMILIES, identify
+from safelight.configs.sampling_params import SamplingParams
+from safelight.entrypoints.http.schemas import ImageRequest, VideoRequest
+from safelight.runtime.errors import InvalidRequest, NotFound
+from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec, RequestLimits, ServedModel
+
+_SEEDS = 2**31
+_DEFAULT_SECONDS = 2.0  # of a model whose default is a picture
+_SEARCH = 16  # frames around the number asked for by seconds
+_STILLS = {"png": MediaFormat.PNG, "jpeg": MediaFormat.JPEG, "webp": MediaFormat.WEBP}
+_VIDEOS = {"mp4": MediaFormat.MP4, "webp": MediaFormat.WEBP}
+
+
+class Translator:
+    """Knows the served model. Raises ModelError when it cannot be served."""
+
+    def __init__(self, model: ServedModel, limits: RequestLimits) -> None:
+        self.model = model
+        self.spec = identify(Path(model.root))
+        self._limits = limits
+        self._family = FAMILIES[self.spec.family]
+        module, _, attribute = self._family.tokenizer.partition(":")
+        self._tokenizer: Any = getattr(importlib.import_module(module), attribute)(self.spec.root, self.spec)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not served here."""
+        if name is not None and name not in self.names:
+            raise NotFound(f"the model {name[:200]!r} is not served here; {self.model.id!r} is", param="model")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the served model may be called; the first is its id."""
+        return tuple(dict.fromkeys((self.model.id, self.spec.variant, Path(self.model.root).name)))
+
+    async def image(self, body: ImageRequest, seed: int | None) -> GenerationRequest:
+        """`seed` is taken when the body has none; drawn when that is None too. Raises InvalidRequest, NotFound."""
+        height, width = _size(body)
+        params = self._params(body, seed, height=height, width=width, num_frames=1, num_outputs_per_prompt=body.n)
+        media = MediaSpec(_STILLS[body.output_format], body.output_compression)
+        return await self._request(body, params, media)
+
+    async def video(self, body: VideoRequest, seed: int | None) -> GenerationRequest:
+        """As `image`."""
+        if self.spec.task.endswith("image"):
+            raise InvalidRequest(f"{self.model.id} makes pictures only; use /v1/images/generations", param="model")
+        height, width = _size(body)
+        params = self._params(body, seed, height=height, width=width, fps=body.fps, num_frames=body.num_frames)
+        if body.num_frames is None and (body.seconds is not None or params.num_frames == 1):
+            params = self._lasting(params, body.seconds or _DEFAULT_SECONDS)
+        elif body.num_frames is not None and body.seconds is not None:
+            raise InvalidRequest("one of seconds and num_frames expected, got both", param="seconds")
+        return await self._request(body, params, MediaSpec(_VIDEOS[body.output_format], body.output_compression))
+
+    def _params(self, body: ImageRequest | VideoRequest, seed: int | None, **more: Any) -> SamplingParams:
+        self.check_model(body.model)
+        given = SamplingParams(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            num_inference_steps=body.num_inference_steps,
+            guidance_scale=body.guidance_scale,
+            sampler=body.sampler,
+            seed=body.seed if body.seed is not None else seed,
+            **more,
+        )
+        params = given.merged_over(self.spec.defaults)
+        return params if params.seed is not None else dataclasses.replace(params, seed=secrets.randbelow(_SEEDS))
+
+    def _lasting(self, params: SamplingParams, seconds: float) -> SamplingParams:
+        """With the valid number of frames that is nearest to so many seconds from the first to the last."""
+        assert params.fps is not None, "the family's defaults are complete"
+        wanted = max(2, round(seconds * params.fps) + 1)
+        error: InvalidRequest | None = None
+        for distance in range(_SEARCH):
+            for frames in (wanted + distance, wanted - distance):
+                changed = dataclasses.replace(params, num_frames=max(2, frames))
+                try:
+                    self._family.validate(self.spec, changed)
+                except InvalidRequest as refusal:
+                    error = refusal
+                else:
+                    return changed
+        assert error is not None, "tried"
+        raise error
+
+    async def _request(
+        self, body: ImageRequest | VideoRequest, params: SamplingParams, media: MediaSpec
+    ) -> GenerationRequest:
+        self._check(body, params)
+        ids = await asyncio.to_thread(
+            self._tokenizer.encode_request, params.prompt, params.negative_prompt or ""
+        )  # long prompts take milliseconds
+        values: dict[str, Any] = dataclasses.asdict(params)
+        values["negative_prompt"] = values["negative_prompt"] or ""
+        values["num_outputs"] = values.pop("num_outputs_per_prompt")
+        return GenerationRequest(token_ids=ids, media=media, **values)
+
+    def _check(self, body: ImageRequest | VideoRequest, params: SamplingParams) -> None:
+        """Raises InvalidRequest under the body's own names."""
+        height, width, limits = params.height or 0, params.width or 0, self._limits
+        size = "size" if body.size != "auto" else "height"
+        frames = "seconds" if isinstance(body, VideoRequest) and body.seconds is not None else "num_frames"
+        _at_most(size, "pixels", height * width, limits.max_pixels)
+        _at_most(frames, "frames", params.num_frames or 0, limits.max_frames)
+        _at_most("num_inference_steps", "steps", params.num_inference_steps or 0, limits.max_steps)
+        _at_most("n", "pictures", params.num_outputs_per_prompt or 0, limits.max_outputs)
+        names = {"height": size, "width": size if size == "size" else "width", "num_frames": frames}
+        names["num_outputs_per_prompt"] = "n"
+        _renamed(names, lambda: self._family.validate(self.spec, params))
+
+
+def _at_most(param: str, what: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise InvalidRequest(f"{param}: this server makes at most {limit} {what}, got {value}", param=param)
+
+
+def _renamed(names: dict[str, str], check: Callable[[], None]) -> None:
+    try:
+        check()
+    except InvalidRequest as error:
+        raise type(error)(error.message, param=names.get(error.param or "", error.param)) from None
+
+
+def _size(body: ImageRequest | VideoRequest) -> tuple[int | None, int | None]:
+    """(height, width), None for the default."""
+    if body.size == "auto":
+        return body.height, body.width
+    width, _, height = body.size.partition("x")
+    if body.height not in (None, int(height)) or body.width not in (None, int(width)):
+        raise InvalidRequest(f"size {body.size} contradicts height and width; send one of them", param="size")
+    return int(height), int(width)
