@@ -74,6 +74,7 @@ def listen(http: HttpArgs) -> socket.socket:
         raise StartupError(f"cannot listen on {http.host}: {error}; check --host") from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by every connection
         listening.bind(address)
         listening.listen(BACKLOG)
     except OSError as error:

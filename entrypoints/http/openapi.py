@@ -23,6 +23,8 @@ def document(operations: Sequence[Operation], *, keys: bool) -> dict[str, Any]:
     _, components = msgspec.json.schema_components(
         list(dict.fromkeys(structs)), ref_template="#/components/schemas/{name}"
     )
+    for body in {operation.body for operation in operations if operation.body is not None}:
+        _allow_nulls(components[body.__name__])
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         path = re.sub(r":path}", "}", operation.path)
@@ -36,6 +38,15 @@ def document(operations: Sequence[Operation], *, keys: bool) -> dict[str, Any]:
     if keys:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return found
+
+
+def _allow_nulls(schema: dict[str, Any]) -> None:
+    """In requests a null is an absent field."""
+    for name, values in schema["properties"].items():
+        nullable = {"type": "null"} in values.get("anyOf", ())
+        if name not in schema.get("required", ()) and not nullable:
+            default = {"default": values.pop("default")} if "default" in values else {}
+            schema["properties"][name] = {"anyOf": [values, {"type": "null"}], **default}
 
 
 def _operation(operation: Operation, *, keys: bool) -> dict[str, Any]:
@@ -62,12 +73,14 @@ def _operation(operation: Operation, *, keys: bool) -> dict[str, Any]:
 
 
 def _reply(description: str, media: Mapping[str, type[msgspec.Struct] | None]) -> dict[str, Any]:
-    content = {name: {"schema": _ref(kind) if kind else _raw(name)} for name, kind in media.items()}
+    content = {name: {"schema": _ref(kind)} if kind else _raw(name) for name, kind in media.items()}
     return {"description": description, "content": content, "headers": _headers()}
 
 
 def _raw(media: str) -> dict[str, Any]:
-    return {"type": "string"} if media in (SSE, TEXT) else {"type": "string", "format": "binary"}
+    if media == SSE:
+        return {}  # OpenAPI 3.1 has no schema for events; theirs are ImageEvent, VideoProgress and Video
+    return {"schema": {"type": "string"} if media == TEXT else {"type": "string", "format": "binary"}}
 
 
 def _headers() -> dict[str, Any]:

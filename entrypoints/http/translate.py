@@ -88,6 +88,8 @@ class Translator:
                 try:
                     self._family.validate(self.spec, changed)
                 except InvalidRequest as refusal:
+                    if refusal.param != "num_frames":
+                        raise
                     error = refusal
                 else:
                     return changed

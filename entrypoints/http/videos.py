@@ -41,8 +41,8 @@ async def create_video(request: Request) -> Response:
 async def list_videos(request: Request) -> Response:
     """GET /v1/videos."""
     service: Service = request.app.state.service
-    order, after = _parameter(request, "order") or "desc", _parameter(request, "after")
-    limit = _parameter(request, "limit") or "20"
+    order, limit = _parameter(request, "order", "desc"), _parameter(request, "limit", "20")
+    after = _parameter(request, "after", "") or None
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order is asc or desc, got {order[:80]!r}", param="order")
     if not (limit.isascii() and limit.isdecimal() and len(limit) < 5 and 1 <= int(limit) <= MAX_LIST):
@@ -74,7 +74,7 @@ async def delete_video(request: Request) -> Response:
 async def video_content(request: Request) -> Response:
     """GET /v1/videos/{id}/content: the file; 400 as long as there is none."""
     state = await _state(request)
-    variant = _parameter(request, "variant") or "video"
+    variant = _parameter(request, "variant", "video")
     if variant != "video":
         raise InvalidRequest(f"variant: only video is there, got {variant[:80]!r}", param="variant")
     if state.status is not Status.COMPLETED or not state.artifacts:
@@ -123,11 +123,11 @@ async def _state(request: Request) -> JobState:
     return state
 
 
-def _parameter(request: Request, name: str) -> str | None:
+def _parameter(request: Request, name: str, default: str) -> str:
     values = request.query_params.getlist(name)
     if len(values) > 1:
         raise InvalidRequest(f"{name} is there {len(values)} times", param=name)
-    return values[0] if values else None
+    return values[0] if values else default
 
 
 def _reply(service: Service, state: JobState, headers: dict[str, str] | None = None) -> Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,9 @@ import msgspec
 import uvicorn
 import zmq
 
+from safelight.configs.http_args import HttpArgs
 from safelight.entrypoints.http.app import make_app
+from safelight.entrypoints.serve import listen
 from safelight.runtime import hub, transport
 from safelight.runtime import messages as m
 from safelight.runtime.ulid import new_ulid
@@ -228,7 +229,7 @@ def http_server(backend: FakeBackend, **changes: Any) -> Iterator[str]:
     app = make_app(msgspec.structs.replace(spec, **changes))
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
-    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    listening = listen(HttpArgs(port=0))
     ended: list[BaseException] = []
 
     def run() -> None:
