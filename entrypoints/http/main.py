@@ -12,12 +12,14 @@ from typing import Any
 
 import uvicorn
 import zmq
+from starlette.types import ASGIApp
 
 from safelight.entrypoints.http.app import make_app
 from safelight.runtime import transport
 from safelight.runtime.messages import ControlHeartbeat, FrontendSpec, Shutdown, ToControlled
 
 BEAT_S = 0.5
+KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, which thus never meet a closed connection
 CLOSE_S = 2  # for connections that are still open at the end
 log = logging.getLogger(__name__)
 
@@ -25,16 +27,21 @@ log = logging.getLogger(__name__)
 def main(spec: FrontendSpec) -> None:
     """Raises ModelError when the model's tokenizer cannot be read."""
     app = make_app(spec)
+    asyncio.run(_serve(http_server(app), spec))
+
+
+def http_server(app: ASGIApp) -> uvicorn.Server:
+    """As `serve` runs it."""
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_S,
         server_header=False,
-        date_header=True,
     )
-    asyncio.run(_serve(uvicorn.Server(config), spec))
+    return uvicorn.Server(config)
 
 
 async def _serve(server: uvicorn.Server, spec: FrontendSpec) -> None:

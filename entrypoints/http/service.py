@@ -25,6 +25,7 @@ from safelight.runtime.ulid import from_bits, new_ulid
 
 RETRY_WINDOW_S = 150.0  # the OpenAI SDK waits up to 120 s before it tries again
 MAX_RETRIES_KNOWN = 10_000
+SETTLE_S = 2.0
 LINGER_S = 10.0  # an SDK that timed out comes back within this
 MAX_KEY_LENGTH = 255
 
@@ -59,6 +60,7 @@ class Service:
         self.client, self.translator, self.monitor, self.metrics = client, translator, monitor, metrics
         self._attempts: dict[tuple[str, str, bytes], _Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
 
     # ---- submitting
 
@@ -75,8 +77,12 @@ class Service:
             submit = earlier.submit
         else:
             submit = await self._new(body, owner, origin, key)
-        accepted = await self.client.submit(submit)
         self._remember(digest, submit)
+        try:
+            accepted = await self.client.submit(submit)
+        except SafelightError:
+            self._disown(submit.job)
+            raise
         if accepted.existing and key is not None:
             accepted = await self._again_if_cancelled(submit, accepted.existing)
         self.metrics.submitted(origin, accepted.existing)
@@ -135,7 +141,8 @@ class Service:
 
     async def _leave(self, waiting: Waiting, after_s: float) -> None:
         if after_s:
-            await asyncio.sleep(after_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), after_s)
         if not self.client.release(waiting.job, waiting.owner):
             return
         self._disown(waiting.job)
@@ -165,9 +172,13 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def settle(self) -> None:
-        """Waits for what `spawn` began."""
+        """Ends what `spawn` began."""
+        self._closing.set()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=2.0)
+            _, late = await asyncio.wait(self._tasks, timeout=SETTLE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
 
 def checked(event: Event) -> Event:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import uvicorn
 import zmq
 
 from safelight.configs.http_args import HttpArgs
+from safelight.entrypoints.http import main
 from safelight.entrypoints.http.app import make_app
 from safelight.entrypoints.serve import listen
 from safelight.runtime import hub, transport
@@ -227,8 +227,7 @@ def http_server(backend: FakeBackend, **changes: Any) -> Iterator[str]:
     model = m.ServedModel("org/builtin", str(hub.builtin_model()), 1, "fp32", "fp32")
     spec = m.FrontendSpec(backend.endpoints, -1, model, LIMITS, (), "warning")
     app = make_app(msgspec.structs.replace(spec, **changes))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = main.http_server(app)
     listening = listen(HttpArgs(port=0))
     ended: list[BaseException] = []
 
