@@ -57,7 +57,7 @@ class ServerArgs:
         None, "seconds after its end that a job and its files are kept; unset: no limit", minimum=1
     )
     artifact_quota_mb: float | None = option(
-        None, "megabytes of results above which the oldest are deleted; unset: no limit", minimum=1
+        None, "megabytes of results above which the oldest are deleted; unset: no limit", minimum=0.001
     )
     startup_timeout_s: float = option(1800.0, "seconds until all workers must be ready", minimum=1)
     drain_grace_s: float = option(30.0, "seconds that running jobs get to finish after SIGTERM", minimum=0)

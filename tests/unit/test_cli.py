@@ -13,6 +13,7 @@ import pytest
 
 import safelight
 from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.http_args import HttpArgs
 from safelight.configs.options import flag
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
@@ -35,6 +36,13 @@ def test_help_names_the_commands_and_imports_nothing_slow() -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "safelight.entrypoints.cli" in imported
     assert not imported & {"torch", "zmq", "msgspec", "numpy", "huggingface_hub", "yaml", "diffusers"}
+
+
+def test_every_option_is_a_flag_of_serve() -> None:
+    shown = run("serve", "--help").stdout
+    for config in (HttpArgs, ServerArgs):
+        for field in fields(config):
+            assert f"{flag(field.name)} " in shown, field.name
 
 
 def test_version_is_the_packages() -> None:
@@ -135,7 +143,7 @@ def test_doctor_reports_without_importing_torch_itself() -> None:
 def test_the_documentation_lists_every_option_with_its_help() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
     shared = {field.name for field in fields(ServerArgs)}
-    for config in (SamplingParams, GenerateArgs, ServerArgs, WorkerArgs):
+    for config in (SamplingParams, GenerateArgs, ServerArgs, HttpArgs, WorkerArgs):
         for field in fields(config):
             if config is WorkerArgs and field.name in shared:
                 continue

@@ -11,6 +11,7 @@ import pytest
 from safelight.configs.config_file import load_config
 from safelight.configs.env import TorchrunRank, from_environment, interface_variables, torchrun_rank
 from safelight.configs.generate_args import GenerateArgs
+from safelight.configs.http_args import HttpArgs
 from safelight.configs.network import address_towards, free_ports, interface_address
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
@@ -75,6 +76,32 @@ def test_addresses_and_ports_are_found() -> None:
     assert interface_address("lo") == "127.0.0.1"
     assert address_towards("127.0.0.1", 1) == "127.0.0.1"
     assert 0 < free_ports("127.0.0.1", 3) <= 65533
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"port": 70_000}, "--port: at most 65535"),
+        ({"port": -1}, "--port: at least 0"),
+        ({"host": " "}, "--host"),
+        ({"max_pixels": 0}, "--max-pixels"),
+        ({"max_frames": 0}, "--max-frames"),
+        ({"max_steps": 0}, "--max-steps"),
+        ({"max_outputs": 0}, "--max-outputs"),
+        ({"max_body_mb": 0}, "--max-body-mb"),
+    ],
+)
+def test_wrong_http_args_name_the_flag(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        HttpArgs(**values)
+    assert caught.value.param in values
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)]
+)
+def test_only_this_host_reaches_a_loopback_address(host: str, expected: bool) -> None:
+    assert HttpArgs(host=host).is_loopback is expected
 
 
 def test_replicas_share_the_workers() -> None:
