@@ -50,6 +50,11 @@ def error_of(info: ErrorInfo) -> SafelightError:
     return from_code(info.code, info.message, info.param, info.retry_after_s)
 
 
+def error_of_end(event: Event) -> SafelightError:
+    """Why a job did not complete."""
+    return error_of(event.error) if event.error else JobFailed(f"job {event.job} ended as {event.status}")
+
+
 @dataclasses.dataclass(slots=True)
 class _Job:
     attached: bool
@@ -147,7 +152,7 @@ class Client:
             if event.status is Status.COMPLETED:
                 return event
             if event.status is not None:
-                raise error_of(event.error) if event.error else JobFailed(f"job {job} ended as {event.status}")
+                raise error_of_end(event)
         raise JobFailed(f"job {job} is not followed by this client; attach to it first")
 
     def close(self) -> None:

@@ -80,14 +80,24 @@ def _check(spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number:
 
 def requests(spec: ModelSpec, jobs: Sequence[Job]) -> Iterator[GenerationRequest]:
     """Cleans and tokenizes the prompts. Raises ModelError when the model has no usable tokenizer."""
-    module, _, attribute = FAMILIES[spec.family].tokenizer.partition(":")
-    tokenizer = getattr(importlib.import_module(module), attribute)(spec.root, spec)
+    tokenizer = load_tokenizer(spec)
     for job in jobs:
-        values: dict[str, Any] = dataclasses.asdict(job.params)
-        values["negative_prompt"] = values["negative_prompt"] or ""
-        values["num_outputs"] = values.pop("num_outputs_per_prompt")
-        ids = tokenizer.encode_request(values["prompt"], values["negative_prompt"])
-        yield GenerationRequest(token_ids=ids, media=job.media, **values)
+        yield request_of(tokenizer, job.params, job.media)
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The family's tokenizer for a model. Raises ModelError."""
+    module, _, attribute = FAMILIES[spec.family].tokenizer.partition(":")
+    return getattr(importlib.import_module(module), attribute)(spec.root, spec)
+
+
+def request_of(tokenizer: Any, params: SamplingParams, media: MediaSpec) -> GenerationRequest:
+    """The request of complete parameters."""
+    values: dict[str, Any] = dataclasses.asdict(params)
+    values["negative_prompt"] = values["negative_prompt"] or ""
+    values["num_outputs"] = values.pop("num_outputs_per_prompt")
+    ids = tokenizer.encode_request(values["prompt"], values["negative_prompt"])
+    return GenerationRequest(token_ids=ids, media=media, **values)
 
 
 def unknown_words(root: Path, prompt: str) -> list[str]:

@@ -17,6 +17,7 @@ from safelight.configs.env import api_key
 from safelight.configs.families import FAMILIES, ModelSpec, identify
 from safelight.configs.http_args import HttpArgs
 from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints import address_card
 from safelight.entrypoints.interrupts import Interrupted, Interrupts
 from safelight.runtime import hub, logs
 from safelight.runtime.errors import ConfigError, InvalidRequest, StartupError
@@ -124,6 +125,8 @@ class _Serve:
             say(f"listening on {address}; the model is being loaded")
             if args.state_dir is None:
                 say("jobs and results are lost when the server stops; --state-dir FOLDER keeps them")
+            card = address_card.write(server.state_folder, address_card.Card(server.endpoints, str(root)))
+            say(f"Python clients: safelight.Client({str(card.parent)!r})")
             threading.Thread(target=_announce, args=(server, args.startup_timeout_s, address), daemon=True).start()
             self._watch(server, interrupts)
         finally:

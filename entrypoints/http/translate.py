@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.http.schemas import ImageRequest, VideoRequest
+from safelight.entrypoints.jobs import load_tokenizer, request_of
 from safelight.runtime.errors import InvalidRequest, NotFound
 from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec, RequestLimits, ServedModel
 
@@ -31,8 +31,7 @@ class Translator:
         self.spec = identify(Path(model.root))
         self._limits = limits
         self._family = FAMILIES[self.spec.family]
-        module, _, attribute = self._family.tokenizer.partition(":")
-        self._tokenizer: Any = getattr(importlib.import_module(module), attribute)(self.spec.root, self.spec)
+        self._tokenizer = load_tokenizer(self.spec)
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound for a model that is not served here."""
@@ -100,13 +99,7 @@ class Translator:
         self, body: ImageRequest | VideoRequest, params: SamplingParams, media: MediaSpec
     ) -> GenerationRequest:
         self._check(body, params)
-        ids = await asyncio.to_thread(
-            self._tokenizer.encode_request, params.prompt, params.negative_prompt or ""
-        )  # long prompts take milliseconds
-        values: dict[str, Any] = dataclasses.asdict(params)
-        values["negative_prompt"] = values["negative_prompt"] or ""
-        values["num_outputs"] = values.pop("num_outputs_per_prompt")
-        return GenerationRequest(token_ids=ids, media=media, **values)
+        return await asyncio.to_thread(request_of, self._tokenizer, params, media)  # long prompts take milliseconds
 
     def _check(self, body: ImageRequest | VideoRequest, params: SamplingParams) -> None:
         """Raises InvalidRequest under the body's own names."""

@@ -127,6 +127,12 @@ class Supervisor:
         assert self._run_folder is not None, "started"
         return self._run_folder.endpoints()
 
+    @property
+    def state_folder(self) -> Path:
+        """Of the journal and the artifacts; a temporary one unless --state-dir names it."""
+        assert self._run_folder is not None, "started"
+        return self._run_folder.state
+
     def wait_ready(self, timeout: float, on_phase: Callable[[str], None] | None = None) -> None:
         """Returns when every group is ready or given up (one is ready then).
 

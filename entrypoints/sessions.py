@@ -1,0 +1,128 @@
+"""The synchronous Python API: `safelight.Client` of a running server, `safelight.Engine` with processes of its own.
+
+Both belong to one thread. Errors are the classes of `safelight.runtime.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safelight.configs.families import identify
+from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints import address_card, client
+from safelight.entrypoints.results import RequestMaker, Result
+from safelight.entrypoints.serve import MIN_PIXELS, frame_bytes
+from safelight.runtime import hub
+from safelight.runtime.launch.supervisor import Supervisor
+from safelight.runtime.messages import Endpoints, Event, Priority, Progress, Status
+
+
+class Job:
+    """One submitted or attached job."""
+
+    def __init__(self, wire: client.Client, job: str) -> None:
+        self._wire, self.id = wire, job
+        self._end: Event | None = None
+
+    def progress(self) -> Iterator[Progress]:
+        """What happens, up to the end; steps may be left out."""
+        if self._end is None:
+            for event in self._wire.events(self.id):
+                if event.progress is not None:
+                    yield event.progress
+                if event.status is not None:
+                    self._end = event
+
+    def result(self) -> Result:
+        """Waits for the end. Raises JobFailed, Poisoned, Cancelled, ..."""
+        for _ in self.progress():
+            pass
+        assert self._end is not None, "progress ends with the job"
+        if self._end.status is not Status.COMPLETED:
+            raise client.error_of_end(self._end)
+        return Result(self.id, self._end.artifacts)
+
+    def cancel(self) -> None:
+        """Raises NotFound, or WorkerLost."""
+        self._wire.cancel(self.id)
+
+
+class Session:
+    """What Client and Engine share."""
+
+    def __init__(self, endpoints: Endpoints, model: Path, owner: str) -> None:
+        self._maker = RequestMaker(identify(model))
+        self._wire = client.Client(endpoints, owner)
+
+    def submit(
+        self,
+        prompt: str,
+        *,
+        detach: bool = False,
+        priority: str = "normal",
+        deadline_s: float | None = None,
+        output_format: str | None = None,
+        output_quality: int | None = None,
+        **params: Any,
+    ) -> Job:
+        """Returns once the job is journalled. `params` are the sampling parameters of `safelight generate`.
+
+        A detached job outlives this client, another ends soon after it. Raises InvalidRequest, Overloaded, ...
+        """
+        request = self._maker.make(prompt, output_format, output_quality, **params)
+        name = self._wire.submit(request, attached=not detach, priority=Priority(priority), deadline_s=deadline_s)
+        return Job(self._wire, name)
+
+    def generate(self, prompt: str, **options: Any) -> Result:
+        """Submits and waits."""
+        return self.submit(prompt, **options).result()
+
+    def attach(self, job: str) -> Job:
+        """A job that exists, by its id. Raises NotFound."""
+        self._wire.attach(job)
+        return Job(self._wire, job)
+
+    def close(self) -> None:
+        """Attached jobs end soon."""
+        self._wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client(Session):
+    """Of a running `safelight serve` on this host; `endpoint` is its state folder."""
+
+    def __init__(self, endpoint: str | Path, owner: str = "local") -> None:
+        card = address_card.read(endpoint)
+        super().__init__(card.endpoints, Path(card.model), owner)
+
+
+class Engine(Session):
+    """Starts the processes and ends them with `close`: `with Engine(model_path=...) as engine: ...`.
+
+    The arguments are the flags of `safelight serve` that concern model and processes, with underscores.
+    """
+
+    def __init__(self, model_path: str | None = None, *, max_pixels: int = MIN_PIXELS, **args: Any) -> None:
+        settings = ServerArgs(model_path=model_path, **args)
+        root = hub.resolve(settings.model_path)
+        self._server = Supervisor(settings, root, frame_bytes(identify(root), max_pixels)).start()
+        try:
+            self._server.wait_ready(settings.startup_timeout_s)
+            super().__init__(self._server.endpoints, root, "local")
+        except BaseException:
+            self._server.stop()
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self._server.stop()
