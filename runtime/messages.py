@@ -218,7 +218,7 @@ class JobInfo(Part):
 
 
 class JobState(Wire):
-    """`progress` is the share of the predicted work that is done, `eta_ms` what is left with the work before it."""
+    """`progress` is the share of steps and chunks that is done, `eta_ms` the time left with the work before it."""
 
     job: str
     stage: Stage

@@ -43,12 +43,12 @@ def _ended(ended: Ended) -> m.JobState:
 
 
 def _living(s: State, job: Job) -> m.JobState:
-    left = lifecycle.remaining_ms(s, job)
-    whole = s.cost.remaining_ms(job.profile, Cursor(0, Stage.ENCODE), job.profile.outputs)
-    stage = WIRE_STAGE[job.run.done.stage] if job.run is not None else m.Stage.QUEUED
+    at = job.run.done if job.run is not None else Cursor(job.next_index, Stage.ENCODE)
+    whole = Cursor(job.profile.outputs, Stage.ENCODE).progress(job.profile)
+    stage = WIRE_STAGE[at.stage] if job.run is not None else m.Stage.QUEUED
     ahead = 0 if job.run is not None else sum(other.run is None and other.seq < job.seq for other in s.jobs.values())
     groups = max(1, sum(g.alive for g in s.groups.values()))
-    eta = left if job.run is not None else lifecycle.backlog_ms(s) / groups
+    eta = lifecycle.remaining_ms(s, job) if job.run is not None else lifecycle.backlog_ms(s) / groups
     artifacts = tuple(job.artifacts[i] for i in sorted(job.artifacts))
-    progress = min(0.99, max(0.0, 1 - left / whole)) if whole > 0 else 0.0
+    progress = min(0.99, at.progress(job.profile) / whole)
     return m.JobState(job.id, stage, None, artifacts, None, job.info, progress, ahead, eta)
