@@ -51,8 +51,8 @@ def api_keys(http: HttpArgs, environ: Mapping[str, str]) -> tuple[tuple[str, str
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-key-file: {path} cannot be read: {error}", param="api_key_file") from error
-        entries = [line.strip().rpartition(":") for line in lines if line.strip() and not line.startswith("#")]
-        found += [(owner.strip() or "local", key.strip()) for owner, _, key in entries]
+        entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found += [_owner_and_key(entry) for entry in entries]
         if not entries or not all(key for _, key in found):
             raise ConfigError(f"--api-key-file: one key a line expected in {path}", param="api_key_file")
     if not found and not http.is_loopback:
@@ -62,6 +62,11 @@ def api_keys(http: HttpArgs, environ: Mapping[str, str]) -> tuple[tuple[str, str
             param="host",
         )
     return tuple(found)
+
+
+def _owner_and_key(entry: str) -> tuple[str, str]:
+    owner, colon, key = entry.partition(":")
+    return (owner.strip() or "local", key.strip()) if colon else ("local", entry)
 
 
 def listen(http: HttpArgs) -> socket.socket:
