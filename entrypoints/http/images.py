@@ -29,6 +29,8 @@ async def create_image(request: Request) -> Response:
     body, warnings = await bodies.read(request, ImageRequest)
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images needs stream: true", param="partial_images")
+    if body.partial_images:
+        warnings.append("partial_images: no previews are made yet; the completed picture is the only event")
     waiting = await service.submit(request, body)
     headers = bodies.warning_header(warnings)
     if body.stream:
@@ -75,7 +77,6 @@ async def _stream(service: Service, waiting: Waiting, body: ImageRequest) -> Asy
 
 async def _completed(service: Service, waiting: Waiting, body: ImageRequest, artifact: Artifact) -> ImageEvent:
     return ImageEvent(
-        type="image_generation.completed",
         b64_json=await asyncio.to_thread(_base64, artifact),
         created_at=int(time.time()),
         output_format=body.output_format,

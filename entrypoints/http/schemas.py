@@ -33,7 +33,7 @@ class ImageRequest(msgspec.Struct, kw_only=True, frozen=True):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Meta(ge=0, le=100, description="quality of JPEG and WebP")] | None = None
     stream: bool = False
-    partial_images: Annotated[int, Meta(ge=0, le=3, description="previews of a streamed picture")] = 0
+    partial_images: Annotated[int, Meta(ge=0, le=3, description="taken, but no previews are made yet")] = 0
     seed: Seed | None = None
     negative_prompt: Annotated[str, Meta(max_length=20_000)] | None = None
     num_inference_steps: Steps | None = None
@@ -122,17 +122,16 @@ class ImagesReply(_Reply, frozen=True, kw_only=True):
 
 
 class ImageEvent(_Reply, frozen=True, kw_only=True):
-    """An event of a streamed picture; partial ones have `partial_image_index`, the completed one has `usage`."""
+    """The event of a streamed picture that is done."""
 
-    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    type: Literal["image_generation.completed"] = "image_generation.completed"
     b64_json: str
     created_at: int
     output_format: Literal["png", "jpeg", "webp"]
     size: str
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    partial_image_index: int | msgspec.UnsetType = msgspec.UNSET
-    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage
 
 
 class VideoError(_Reply, frozen=True, kw_only=True):
@@ -182,7 +181,6 @@ class VideoProgress(_Reply, frozen=True, kw_only=True):
     steps: int
     position: int
     eta_ms: float | None
-    preview: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Model(_Reply, frozen=True, kw_only=True):

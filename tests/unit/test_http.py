@@ -134,6 +134,7 @@ def test_a_streamed_picture_ends_with_usage_and_a_failure_with_an_error(serve: S
         backend.complete(backend.executions[0])
         (event,) = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: ")]
     assert reply.headers["content-type"].startswith("text/event-stream")
+    assert "x-safelight-warning" not in reply.headers
     assert (event["type"], base64.b64decode(event["b64_json"])) == ("image_generation.completed", PNG)
     assert event["usage"]["output_tokens"] > 0
     with http.stream("POST", "/v1/images/generations", json=picture(stream=True)) as reply:
@@ -141,6 +142,9 @@ def test_a_streamed_picture_ends_with_usage_and_a_failure_with_an_error(serve: S
         backend.fail(backend.executions[1])
         (event,) = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: ")]
     assert event["error"]["message"] == "it broke"
+    backend.auto = True
+    reply = http.post("/v1/images/generations", json=picture(stream=True, partial_images=2))
+    assert "no previews" in reply.headers["x-safelight-warning"]
 
 
 def test_a_client_that_goes_away_cancels_its_picture_and_nobody_elses(serve: Serve) -> None:
