@@ -2,11 +2,13 @@
 # Trains the built-in model on one GPU in two calls of at most 8 minutes, start-up included.
 #
 #   run_gpu.sh check OUT SPRITES [SECONDS]   every code path with few steps (graphs, resume, export, evaluation)
-#   run_gpu.sh part1 OUT SPRITES             autoencoder, then the start of the transformer
-#   run_gpu.sh part2 OUT SPRITES START       resumes the transformer from the folder START; export, evaluation, sheets
+#   run_gpu.sh part1 OUT SPRITES             the autoencoder, 5 minutes
+#   run_gpu.sh part2 OUT SPRITES START       transformer and text encoder with the autoencoder of the folder START; export,
+#                                            evaluation, sheets
 #
 # Checkpoints, figures and pictures go to OUT, at most 8 files. LIMIT: seconds of a call. VAE_ARGS, DIT_ARGS: further
-# options. When a training fails, it is tried again without graphs and compilation in the time that is left.
+# options. When a training fails, it is tried again in the time that is left: the autoencoder with another seed, the
+# transformer from its last checkpoint.
 set -uo pipefail
 mode=$1 out=$2 sprites=$3 extra=${4:-}
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -62,14 +64,13 @@ check)
     finish "${SCALE:-0.05}" || exit 6
     ;;
 part1)
-    rm -f "$out"/vae* "$out"/dit*
-    train_vae 4 || train_vae "$(awk -v s="$SECONDS" 'BEGIN { m = (270 - s) / 60; print (m > 1 ? m : 1) }')" \
-        --forms plain $(again vae) || exit 3
-    train_dit 15 --schedule 0 0.3 || train_dit 15 --schedule 0.1 0.3 --forms plain $(again dit) || exit 4
+    rm -f "$out"/vae*
+    train_vae 4 || train_vae "$(awk -v m="$(left 20)" 'BEGIN { print (m < 4 ? m : 4) }')" --seed 2 || exit 3
     ;;
 part2)
-    cp "${extra:?the folder of part 1}"/{vae,dit}* "$out/" && chmod u+w "$out"/*
-    train_dit 90 --resume --schedule 0.3 1 || train_dit 90 --resume --schedule 0.5 1 --forms plain || exit 5
+    rm -f "$out"/dit*
+    cp "${extra:?the folder of part 1}"/vae* "$out/" && chmod u+w "$out"/*
+    train_dit 60 || train_dit 60 --schedule 0.5 1 $(again dit) || exit 5
     finish "${SCALE:-1}" || exit 6
     rm -f "$out"/vae* # as in part 1
     ;;

@@ -1,7 +1,7 @@
 """Trains the text encoder and the transformer together, by flow matching in the latent space of the trained VAE.
 
-Usage: python -m train_builtin_model.train_dit --sprites work/sprites.npz --out work --max-minutes 2 --schedule 0 0.3
-       and later, with --resume, --schedule 0.3 1
+Usage: python -m train_builtin_model.train_dit --sprites work/sprites.npz --out work --max-minutes 6.5
+       in parts: --max-minutes 2 --schedule 0 0.3, and later, with --resume, --schedule 0.3 1
 
 A part starts from the averaged weights of the part before; optimiser moments start anew, with a short warm-up.
 """
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--core", action="store_true", help="the small vocabulary of core_subjects.txt")
     parser.add_argument("--adam-rate", type=float, default=ADAM_RATE)
     parser.add_argument("--adam-only", action="store_true", help="no Muon, whose step is dear without a GPU")
-    parser.add_argument("--batch", type=int, default=512, help="images in a batch; clips in proportion to tokens")
+    parser.add_argument("--batch", type=int, default=256, help="images in a batch; clips in proportion to tokens")
     parser.add_argument("--images", type=int, default=256, help="images in a freshly drawn block")
     parser.add_argument("--videos", type=int, default=16, help="clips in a freshly drawn block")
     parser.add_argument("--workers", type=int, default=10)

@@ -16,6 +16,7 @@ from safelight.runtime.parallel.mesh import ParallelMesh
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),  # torch says so at its first use
 ]
 
 Call = Callable[[KernelSet], Tensor]
