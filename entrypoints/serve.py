@@ -22,7 +22,7 @@ from safelight.entrypoints.interrupts import Interrupted, Interrupts
 from safelight.runtime import hub, logs
 from safelight.runtime.errors import ConfigError, InvalidRequest, StartupError
 from safelight.runtime.launch.devices import resolve_device
-from safelight.runtime.launch.specs import degrees_of, precisions
+from safelight.runtime.launch.specs import check_layout, precisions
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Endpoints, FrontendSpec, RequestLimits, ServedModel
 
@@ -117,7 +117,7 @@ class _Serve:
         if args.vae_path is not None:
             args = dataclasses.replace(args, vae_path=str(hub.resolve(args.vae_path, "vae_path")))
         spec = identify(root)
-        degrees_of(args, root)
+        check_layout(args, root)
         limits = self._limits(spec)
         server = Supervisor(
             args, root, frame_bytes(spec, limits.max_pixels), lambda ends: self._frontend(args, root, limits, ends)
@@ -141,7 +141,7 @@ class _Serve:
 
     def _watch(self, server: Supervisor, interrupts: Interrupts) -> None:
         """Until a signal, or the server's failure. SIGTERM drains: what was accepted may finish within the grace."""
-        while not interrupts.draining:
+        while not interrupts.terminations:
             if server.failure:
                 raise server.failure
             server.wait(_LOOK_S)
