@@ -52,7 +52,7 @@ def beside(command: str, argv: Sequence[str]) -> None:
     _prepare(place, server.interface, server.log_level)
 
     def launch(folder: Path) -> tuple[str, list[str]]:
-        endpoint = server.worker_endpoint or _endpoint(folder, server, place)
+        endpoint = server.worker_endpoint or worker_endpoint(folder, server, place)
         added = ["--worker-endpoint", endpoint, "--num-gpus", str(place.world_size)]
         return endpoint, [command, *argv, *added]
 
@@ -85,7 +85,7 @@ def _prepare(place: TorchrunRank, interface: str | None, log_level: str) -> None
         check_interface(interface)
 
 
-def _endpoint(folder: Path, server: ServerArgs, place: TorchrunRank) -> str:
+def worker_endpoint(folder: Path, server: ServerArgs, place: TorchrunRank) -> str:
     """ipc on one node; on several the private interface's address, or the one that faces the other nodes."""
     if place.nodes == 1:
         return f"ipc://{folder / 'join.ipc'}"
@@ -93,7 +93,7 @@ def _endpoint(folder: Path, server: ServerArgs, place: TorchrunRank) -> str:
         address = interface_address(server.interface)
     else:
         address = address_towards(place.master_addr, place.master_port)
-    if address.startswith("127."):
+    if address.startswith("127.") and not place.master_addr.startswith("127."):  # by name, not by wish
         raise ConfigError(
             f"{place.master_addr} is {address} here, which other nodes cannot reach; pass --interface NAME, or "
             "torchrun's --local-addr",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,7 +15,8 @@ from msgspec import structs
 
 import safelight
 from safelight.configs.env import TorchrunRank
-from safelight.entrypoints.worker import server_args
+from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints.worker import server_args, worker_endpoint
 from safelight.runtime import transport
 from safelight.runtime.curve import make_keys
 from safelight.runtime.errors import ConfigError, SafelightError, StartupError
@@ -311,3 +313,12 @@ def test_an_unknown_flag_ends_the_rank_as_it_ends_the_command(capsys: pytest.Cap
         server_args("generate", ["--promt", "a"], PLACE)
     assert ended.value.code == 2
     assert "--promt" in capsys.readouterr().err
+
+
+def test_loopback_serves_several_nodes_only_where_it_was_named(tmp_path: Path) -> None:
+    args = ServerArgs(num_gpus=2, keys=str(tmp_path))
+    named = TorchrunRank(0, 2, 0, 1, 2, "a", "127.0.0.1", 29500)
+    assert worker_endpoint(tmp_path, args, named).startswith("tcp://127.0.0.1:")
+    with pytest.raises(ConfigError, match="which other nodes cannot reach") as caught:
+        worker_endpoint(tmp_path, args, dataclasses.replace(named, master_addr="localhost"))
+    assert caught.value.param == "interface"
