@@ -15,21 +15,25 @@ from typing import Any
 
 from safelight.runtime.errors import SafelightError
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "names and values"}
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    """A dataclass field with its help text and what values it takes."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "minimum": minimum})
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), minimum: float | None = None, file_only: bool = False
+) -> Any:
+    """A dataclass field with its help text and what values it takes; `file_only`: a key of config files, no flag."""
+    metadata = {"help": text, "choices": choices, "minimum": minimum, "file_only": file_only}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @functools.cache
 def base_types(config: type) -> dict[str, type]:
-    """The plain type (int, float, bool or str) of each field, without `| None`."""
+    """The plain type (int, float, bool, str or dict) of each field, without `| None`."""
     found = {}
     for name, hint in typing.get_type_hints(config).items():
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        found[name] = next(member for member in members if member is not types.NoneType)
+        member = next(member for member in members if member is not types.NoneType)
+        found[name] = typing.get_origin(member) or member
     return found
 
 

@@ -53,6 +53,9 @@ class JobProfile:
     encode_peak_bytes: int
     step_peak_bytes: int
     decode_peak_bytes: int
+    prepare_cost: float = 0.0  # units of one output's preparation; 0: a moment whatever the request
+    resumable: bool = True  # checkpoints are made and resumed from
+    batchable: bool = True  # states with equal batch keys may share a forward
 
     def phase_at(self, step: int) -> Phase:
         """The phase that executes 0-based `step`."""
@@ -72,4 +75,5 @@ class JobProfile:
     def total_cost(self) -> float:
         """Units of the whole job."""
         denoise = sum(self.phase_at(s).step_cost for s in range(self.steps))
-        return self.encode_cost + self.outputs * (denoise + self.decode_chunk_cost * len(self.chunk_frames))
+        each = self.prepare_cost + denoise + self.decode_chunk_cost * len(self.chunk_frames)
+        return self.encode_cost + self.outputs * each

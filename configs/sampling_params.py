@@ -27,6 +27,7 @@ class SamplingParams:
     seed: int | None = option(None, "of the noise; output i uses seed + i; unset: drawn")
     num_outputs_per_prompt: int | None = option(None, "pictures or videos per prompt")
     sampler: str | None = option(None, "flow-matching sampler, as `safelight models` lists them")
+    image_path: str = option("", "picture to start from: PNG, JPEG or WebP")
 
     def __post_init__(self) -> None:
         check_options(self, InvalidRequest)

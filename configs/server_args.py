@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from safelight.configs.network import check_address, check_endpoint, check_interface
 from safelight.configs.options import check_options, option
@@ -10,6 +11,7 @@ from safelight.configs.parallel import WantedDegrees
 from safelight.runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BACKENDS = ("auto", "safelight", "diffusers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,17 @@ class ServerArgs:
     )
     keys: str | None = option(None, "folder of key files made by `safelight keys`, for tcp endpoints")
     interface: str | None = option(None, "network interface of NCCL and gloo; unset: they choose")
+    backend: str = option("auto", "native families, any pipeline of diffusers, or the best of both", choices=BACKENDS)
+    trust_remote_code: bool = option(False, "let a checkpoint for diffusers run Python code of its own")
+    diffusers_attention_backend: str | None = option(None, "attention of diffusers' transformers, by diffusers' names")
+    diffusers_kwargs: dict[str, Any] | None = option(  # noqa: RUF009 - a mapping that nobody changes
+        None, "further arguments for every call of a pipeline of diffusers", file_only=True
+    )
     device: str = option("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
     dit_precision: str = option("auto", "of the transformer; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
     vae_precision: str = option("auto", "of the VAE; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
     vae_tiling: bool = option(False, "decode in bands: the same pictures with less memory, a little slower")
+    vae_slicing: bool = option(False, "decode the pictures of a batch one by one (diffusers only)")
     policy: str = option("fair", "order of the jobs", choices=("fair", "fcfs", "sjf"))
     max_queue: int = option(1000, "jobs that may wait; more are refused", minimum=1)
     max_plan_ms: float | None = option(

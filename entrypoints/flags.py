@@ -63,7 +63,7 @@ def parsed(app: typer.Typer, name: str, argv: Sequence[str]) -> list[tuple[type,
 
 def _fields(config: type) -> list[tuple[dataclasses.Field[Any], type]]:
     kinds = base_types(config)
-    return [(field, kinds[field.name]) for field in dataclasses.fields(config)]
+    return [(field, kinds[field.name]) for field in dataclasses.fields(config) if not field.metadata["file_only"]]
 
 
 def _parameter(field: dataclasses.Field[Any], kind: type, panel: str) -> inspect.Parameter:

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from safelight.configs.families import ModelSpec, identify
+from safelight.configs.backend import backend_settings
+from safelight.configs.families import FAMILIES, ModelSpec, identify
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
@@ -86,7 +87,7 @@ class _Run:
             server = Supervisor(args, spec.root, max(job.chunk_bytes for job in jobs))
             try:
                 server.start()
-                made = list(requests(spec, jobs))  # while the processes start
+                made = list(requests(spec, jobs, server.inputs))  # while the processes start
                 server.wait_ready(args.startup_timeout_s, lambda phase: self._reporter.phase(f"workers: {phase}"))
                 interrupts.drain_on_terminate(always=self._kept is not None)
                 self._follow(server, deque(zip(jobs, made, strict=True)), interrupts)
@@ -101,17 +102,18 @@ class _Run:
         found = read_jobs(params, self._files)
         if self._kept:
             found = self._kept.seeded(found)
-        root = hub.resolve(self._args.model_path, quiet=self._files.json)
+        root = hub.resolve(self._args.model_path, quiet=self._files.json, code=self._args.trust_remote_code)
         args = self._args
         if args.vae_path is not None:
             args = dataclasses.replace(
                 args, vae_path=str(hub.resolve(args.vae_path, "vae_path", quiet=self._files.json))
             )
-        spec = identify(root)
+        spec = identify(root, args.backend, args.trust_remote_code)
+        self._reporter.phase(f"backend: {FAMILIES[spec.family].backend} ({spec.reason})")
         check_layout(args, root)
         jobs = check_jobs(spec, found, self._files)
         if self._kept:
-            self._kept.match(_settings(spec.root, args), jobs)
+            self._kept.match(_settings(spec, args), jobs)
         if not jobs:
             self._reporter.note(f"note: --prompt-slice {self._files.prompt_slice}: no job of the file is in it")
         if self._files.save_output:
@@ -238,11 +240,12 @@ def _answered(server: Supervisor, ask: Callable[[], object]) -> None:
     ask()
 
 
-def _settings(root: Path, args: ServerArgs) -> dict[str, str]:
+def _settings(spec: ModelSpec, args: ServerArgs) -> dict[str, str]:
     """What else the pictures depend on: a run that goes on must have the same."""
-    found = {"model": hub.fingerprint(root), "device": resolve_device(args.device, 1)}
+    found = {"model": hub.fingerprint(spec.root), "device": resolve_device(args.device, 1)}
     found |= {"dit_precision": args.dit_precision, "vae_precision": args.vae_precision}
-    return found | {"vae": hub.fingerprint(Path(args.vae_path)) if args.vae_path else "of the model"}
+    found |= {"vae": hub.fingerprint(Path(args.vae_path)) if args.vae_path else "of the model"}
+    return found | backend_settings(args, spec)
 
 
 def _kill(server: Supervisor) -> None:

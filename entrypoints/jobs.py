@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelight.configs.families import FAMILIES, ModelSpec
+from safelight.configs.families import FAMILIES, ModelSpec, check_images
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.options import did_you_mean
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import ConfigError, InvalidRequest, SafelightError
-from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
+from safelight.runtime.inputs import InputStore, Picture, check_picture
+from safelight.runtime.messages import GenerationRequest, InputImage, MediaFormat, MediaSpec
 
 _SEEDS = 2**31
 
@@ -31,6 +32,7 @@ class Job:
     params: SamplingParams
     media: MediaSpec
     chunk_bytes: int
+    images: tuple[Picture, ...] = ()
 
 
 def read_jobs(params: SamplingParams, files: GenerateArgs) -> list[tuple[str, SamplingParams]]:
@@ -69,20 +71,42 @@ def check_jobs(spec: ModelSpec, found: Sequence[tuple[str, SamplingParams]], fil
 
 def _check(spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number: int, total: int) -> Job:
     family = FAMILIES[spec.family]
-    complete = params.merged_over(spec.defaults)
+    images = _pictures(params)
+    check_images(spec, len(images))
+    complete = params.merged_over(_size_of(images, spec)).merged_over(spec.defaults)
     if complete.seed is None:
         complete = dataclasses.replace(complete, seed=secrets.randbelow(_SEEDS))
     family.validate(spec, complete)
     assert complete.num_frames is not None, "the family's defaults are complete"
     media = MediaSpec(MediaFormat(files.media_format(complete.num_frames)), files.output_quality, files.return_frames)
-    return Job(number, total, complete, media, family.profile(spec, complete).chunk_bytes)
+    return Job(number, total, complete, media, family.profile(spec, complete).chunk_bytes, images)
 
 
-def requests(spec: ModelSpec, jobs: Sequence[Job]) -> Iterator[GenerationRequest]:
-    """Cleans and tokenizes the prompts. Raises ModelError when the model has no usable tokenizer."""
+def _pictures(params: SamplingParams) -> tuple[Picture, ...]:
+    """The checked picture of --image-path."""
+    if not params.image_path:
+        return ()
+    try:
+        data = Path(params.image_path).expanduser().read_bytes()
+    except OSError as error:
+        message = f"--image-path: {params.image_path} cannot be read: {error}"
+        raise InvalidRequest(message, param="image_path") from error
+    return (check_picture(data),)
+
+
+def _size_of(images: tuple[Picture, ...], spec: ModelSpec) -> SamplingParams:
+    """The size that an unset one takes from the picture, where a model's results are as large as that."""
+    if not images or not spec.image_grid:
+        return SamplingParams()
+    ref, grid = images[0].ref, spec.image_grid
+    return SamplingParams(height=max(grid, ref.height // grid * grid), width=max(grid, ref.width // grid * grid))
+
+
+def requests(spec: ModelSpec, jobs: Sequence[Job], store: InputStore) -> Iterator[GenerationRequest]:
+    """Cleans and tokenizes the prompts, stores the pictures. Raises ModelError when the tokenizer cannot be used."""
     tokenizer = load_tokenizer(spec)
     for job in jobs:
-        yield request_of(tokenizer, job.params, job.media)
+        yield request_of(tokenizer, job.params, job.media, tuple(store.add(picture) for picture in job.images))
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -91,13 +115,16 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return getattr(importlib.import_module(module), attribute)(spec.root, spec)
 
 
-def request_of(tokenizer: Any, params: SamplingParams, media: MediaSpec) -> GenerationRequest:
-    """The request of complete parameters."""
+def request_of(
+    tokenizer: Any, params: SamplingParams, media: MediaSpec, images: tuple[InputImage, ...] = ()
+) -> GenerationRequest:
+    """The request of complete parameters and of pictures that are stored."""
     values: dict[str, Any] = dataclasses.asdict(params)
     values["negative_prompt"] = values["negative_prompt"] or ""
     values["num_outputs"] = values.pop("num_outputs_per_prompt")
+    del values["image_path"]  # of this process: others know the picture by what is in it
     ids = tokenizer.encode_request(values["prompt"], values["negative_prompt"])
-    return GenerationRequest(token_ids=ids, media=media, **values)
+    return GenerationRequest(token_ids=ids, media=media, images=images, **values)
 
 
 def unknown_words(root: Path, prompt: str) -> list[str]:

@@ -5,6 +5,7 @@
     │   └── TooLarge          the request can never fit this server's memory
     ├── ConfigError           a flag, file or variable of this process is wrong
     │   └── ModelError        the model's folder is missing, corrupt or of an unknown kind
+    │       └── UnsupportedModel  a sound model of a kind that this backend does not run
     ├── Overloaded            the queue is full (carries retry_after_s)
     ├── Conflict              the job id exists with another body
     ├── NotFound              no such job
@@ -50,6 +51,10 @@ class ConfigError(SafelightError):
 
 class ModelError(ConfigError):
     code = "model_error"
+
+
+class UnsupportedModel(ModelError):
+    code = "unsupported_model"
 
 
 class Overloaded(SafelightError):

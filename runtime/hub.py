@@ -30,8 +30,8 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False) -> Path:
-    """The local directory of a model or component; None is the built-in model.
+def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False, code: bool = False) -> Path:
+    """The local directory of a model or component; None is the built-in model. `code`: download its Python files, too.
 
     Raises ModelError naming `param`: no such directory, or a Hugging Face id that can be neither downloaded nor found
     in the local cache.
@@ -44,7 +44,7 @@ def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False)
             flag = "--" + param.replace("_", "-")
             raise ModelError(f"model directory expected at {path}, none is there; check {flag}", param=param)
         return path.resolve()
-    return download(text, param, quiet=quiet)
+    return download(text, param, quiet=quiet, code=code)
 
 
 def fingerprint(root: Path) -> str:
@@ -69,6 +69,7 @@ def download(
     param: str = "model_path",
     *,
     quiet: bool = False,
+    code: bool = False,
     endpoint: str | None = None,
     cache_dir: Path | None = None,
 ) -> Path:
@@ -89,7 +90,8 @@ def download(
     if quiet:
         disable_progress_bars()
     try:
-        found = snapshot_download(repo_id, allow_patterns=list(ALLOWED_FILES), endpoint=endpoint, cache_dir=cache_dir)
+        wanted = [*ALLOWED_FILES, *(("*.py",) if code else ())]
+        found = snapshot_download(repo_id, allow_patterns=wanted, endpoint=endpoint, cache_dir=cache_dir)
     except GatedRepoError as error:
         message = f"{repo_id} asks for its licence to be accepted on huggingface.co; then log in with `hf auth login`"
         raise ModelError(message, param=param) from error

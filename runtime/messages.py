@@ -21,6 +21,7 @@ while it encoded), so that chunks of an earlier take are recognised as stale.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -53,6 +54,14 @@ class MediaSpec(Part):
     with_frames: bool = False  # also write the raw frames as .npy (--return-frames)
 
 
+class InputImage(Part):
+    """A picture that a request brings, as `runtime.inputs` keeps it."""
+
+    sha256: str
+    width: int
+    height: int
+
+
 class GenerationRequest(Part):
     """One job's work, complete: nothing is filled in after submission.
 
@@ -74,6 +83,7 @@ class GenerationRequest(Part):
     num_outputs: int
     sampler: str
     media: MediaSpec
+    images: tuple[InputImage, ...] = ()
 
 
 class ErrorInfo(Part):
@@ -759,6 +769,9 @@ class SchedulerSpec(Part):
     keys: str | None = None  # folder of the CURVE keys, for tcp endpoints
     artifact_ttl_s: float | None = None  # an ended job and its files are forgotten after this
     artifact_quota_bytes: int | None = None  # the oldest ended jobs are forgotten above this
+    backend: str = "auto"
+    trust_remote_code: bool = False
+    input_dir: str = ""
 
 
 class OutputSpec(Part):
@@ -830,6 +843,12 @@ class WorkerSpec(Part):
     encoder_sets: int = 1  # sets of so many ranks that share the prompts
     keys: str | None = None
     interface: str | None = None  # of NCCL and gloo
+    input_dir: str = ""
+    backend: str = "auto"  # this and what follows: of pipelines that diffusers runs
+    trust_remote_code: bool = False
+    vae_slicing: bool = False
+    diffusers_attention_backend: str | None = None
+    diffusers_kwargs: dict[str, Any] = {}
 
 
 # --------------------------------------------------------------------------------------------------------------------

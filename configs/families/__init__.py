@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safelight.configs.families.base import Family, ModelSpec, Variant
+from safelight.configs.families.base import Capabilities, Family, ModelSpec, Variant
+from safelight.configs.families.diffusers import FAMILY as ANY_OF_DIFFUSERS
+from safelight.configs.families.diffusers import identify_trusting
 from safelight.configs.families.wan import FAMILY as WAN
-from safelight.runtime.errors import ModelError
+from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, ANY_OF_DIFFUSERS)}
 
-__all__ = ["FAMILIES", "Family", "ModelSpec", "Variant", "identify"]
+__all__ = ["FAMILIES", "Capabilities", "Family", "ModelSpec", "Variant", "check_images", "identify"]
 
 
-def identify(root: Path) -> ModelSpec:
-    """Reads `model_index.json` in a diffusers-format directory and says which family runs it.
+def identify(root: Path, backend: str = "auto", trust_remote_code: bool = False) -> ModelSpec:
+    """Reads `model_index.json` in a diffusers-format directory and says which family runs it, and why.
 
-    Raises ModelError: no such directory, no or unreadable index, a pipeline class that no native family runs.
+    `backend`: "safelight" takes native families only, "diffusers" none of them, "auto" prefers them.
+    Raises ModelError: no such directory, no or unreadable index, a pipeline that the backend does not run.
     """
+    index = _index(root)
+    if backend == "diffusers":
+        return _through_diffusers(index, root, trust_remote_code, "as asked")
+    name = index.get("_class_name")
+    family = next((f for f in FAMILIES.values() if name in f.pipeline_classes), None)
+    if family is None:
+        known = ", ".join(sorted(c for f in FAMILIES.values() for c in f.pipeline_classes))
+        refusal = UnsupportedModel(
+            f"{root / 'model_index.json'} names the pipeline class {name!r}; native families run {known}",
+            param="model_path",
+        )
+    else:
+        try:
+            return dataclasses.replace(family.identify(index, root), reason=f"{name} has a native family")
+        except UnsupportedModel as unsupported:
+            refusal = unsupported
+    if backend == "safelight":
+        message = f"{refusal.message}. --backend diffusers, or auto, runs other pipelines of diffusers"
+        raise UnsupportedModel(message, param=refusal.param) from refusal
+    return _through_diffusers(index, root, trust_remote_code, f"no native family runs it ({refusal.message})")
+
+
+def check_images(spec: ModelSpec, count: int) -> None:
+    """Raises InvalidRequest unless the model takes that many pictures with a request."""
+    least, most = spec.images
+    if not least <= count <= most:
+        wanted = str(most) if least == most else f"{least} to {most}"
+        raise InvalidRequest(
+            f"{spec.variant} ({spec.task}) takes {wanted} pictures with a request, got {count}", param="image_path"
+        )
+
+
+def _through_diffusers(index: Mapping[str, Any], root: Path, trust_remote_code: bool, reason: str) -> ModelSpec:
+    look = identify_trusting if trust_remote_code else ANY_OF_DIFFUSERS.identify
+    return dataclasses.replace(look(index, root), reason=reason)
+
+
+def _index(root: Path) -> dict[str, Any]:
     path = root / "model_index.json"
     if not root.is_dir():
         raise ModelError(f"no model directory at {root}; check --model-path", param="model_path")
@@ -30,13 +74,6 @@ def identify(root: Path) -> ModelSpec:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}", param="model_path") from error
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    for family in FAMILIES.values():
-        if name in family.pipeline_classes:
-            return family.identify(index, root)
-    known = ", ".join(sorted(c for f in FAMILIES.values() for c in f.pipeline_classes))
-    raise ModelError(
-        f"{path} names the pipeline class {name!r}; native families run {known}. "
-        "`safelight models` lists the supported models",
-        param="model_path",
-    )
+    if not isinstance(index, dict):
+        raise ModelError(f"{path}: a JSON object expected, got {type(index).__name__}", param="model_path")
+    return index

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.configs.encoder_parallel import EncoderShape
+from safelight.configs.families.calls import CallSignature
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 
@@ -44,6 +45,23 @@ class ModelSpec:
     vae: Mapping[str, Any] = field(default_factory=dict)
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=dict)  # scheduler/scheduler_config.json
+    call: CallSignature | None = None  # backend diffusers: what the pipeline takes
+    weights: Mapping[str, int] = field(default_factory=dict)  # backend diffusers: bytes by component
+    images: tuple[int, int] = (0, 0)  # how many pictures a request has to bring, and may
+    image_grid: int = 0  # pictures come out as large as the one that came in, in multiples of this; 0: as asked
+    reason: str = ""  # why this family was taken
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the pipelines of a family can do beyond running a job on one rank.
+
+    A job that cannot resume starts again from step 0 when its group dies.
+    """
+
+    resumes: bool = True  # in the middle of its steps, from a checkpoint
+    batches: bool = True  # states of several jobs share one forward
+    spans_ranks: bool = True  # several ranks share one job
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +85,8 @@ class Family:
     validate: Callable[[ModelSpec, SamplingParams], None]
     profile: Callable[[ModelSpec, SamplingParams], JobProfile]
     encoder: Callable[[ModelSpec], EncoderShape] | None = None
+    backend: str = "safelight"  # as --backend calls it
+    capabilities: Capabilities = Capabilities()
 
     def encoder_of(self, spec: ModelSpec) -> EncoderShape | None:
         return None if self.encoder is None else self.encoder(spec)

@@ -15,7 +15,7 @@ from typing import Any
 from safelight.configs.families.base import Family, ModelSpec, Variant
 from safelight.configs.families.wan_costs import LATENT_CHANNELS, TEXT_TOKENS, encoder, profile
 from safelight.configs.sampling_params import SamplingParams
-from safelight.runtime.errors import InvalidRequest, ModelError
+from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -125,7 +125,7 @@ def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
     _refuse_other_tasks(index)
     transformer, vae, text_encoder = (_component(root, name, fields) for name, fields in _FIELDS.items())
     if transformer.get("image_dim") is not None or transformer["in_channels"] != LATENT_CHANNELS:
-        raise ModelError(
+        raise UnsupportedModel(
             f"{root} is not a text-to-video checkpoint: a transformer with {LATENT_CHANNELS} input channels and no "
             f"image_dim is needed, it has in_channels {transformer['in_channels']} and image_dim "
             f"{transformer.get('image_dim')} (image to video is not supported yet)",
@@ -133,7 +133,9 @@ def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
         )
     upsampling = vae.setdefault("temperal_downsample", [False, True, True])
     if vae["z_dim"] != LATENT_CHANNELS or vae.get("patch_size") is not None or upsampling != [False, True, True]:
-        raise ModelError(f"{root / 'vae'} is not the VAE of Wan 2.1 (Wan 2.2 is not supported yet)", param="model_path")
+        raise UnsupportedModel(
+            f"{root / 'vae'} is not the VAE of Wan 2.1 (Wan 2.2 is not supported yet)", param="model_path"
+        )
     if text_encoder["d_model"] != transformer["text_dim"]:
         raise ModelError(
             f"{root}: the text encoder is {text_encoder['d_model']} wide, but the transformer reads "
@@ -150,9 +152,11 @@ def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
 def _refuse_other_tasks(index: Mapping[str, Any]) -> None:
     second = index.get("transformer_2")
     if index.get("boundary_ratio") is not None or (isinstance(second, list) and second and second[0] is not None):
-        raise ModelError("this is Wan 2.2 with two transformers, which is not supported yet", param="model_path")
+        raise UnsupportedModel("this is Wan 2.2 with two transformers, which is not supported yet", param="model_path")
     if index.get("expand_timesteps"):
-        raise ModelError("this is Wan 2.2 TI2V (expand_timesteps), which is not supported yet", param="model_path")
+        raise UnsupportedModel(
+            "this is Wan 2.2 TI2V (expand_timesteps), which is not supported yet", param="model_path"
+        )
 
 
 def _component(root: Path, folder: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ _IPC_PATH_LIMIT = 100  # bytes; sockaddr_un holds 108
 class RunFolder:
     """A 0700 folder that lives as long as its owner holds `owner.lock`.
 
-    `state` holds journal, artifacts and checkpoints: inside the run folder (temporary), or the caller's directory.
+    `state` holds journal, artifacts, checkpoints and input pictures: inside the run folder (temporary), or the
+    caller's directory.
     """
 
     root: Path
@@ -45,6 +46,10 @@ class RunFolder:
         """A file by which a rank of another host knows that it sees the same checkpoints."""
         return self.checkpoints / f".{self.root.name}"
 
+    @property
+    def inputs(self) -> Path:
+        return self.state / "inputs"
+
     def endpoints(self) -> Endpoints:
         names = ("submit", "plans", "decisions", "chunks", "events", "control")
         return Endpoints(**{name: f"ipc://{self.root / name}.ipc" for name in names})
@@ -66,7 +71,7 @@ def create_run_folder(state_dir: Path | None) -> RunFolder:
         root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         lock = _lock(root)
         run = RunFolder(root, state_dir or root / "state", shared_base / f"{root.name}-slots", lock)
-        for made in (run.state, run.artifacts, run.checkpoints):
+        for made in (run.state, run.artifacts, run.checkpoints, run.inputs):
             made.mkdir(mode=0o700, parents=True, exist_ok=True)
         run.marker.touch(mode=0o600)
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from safelight.configs.backend import check_backend
 from safelight.configs.encoder_parallel import EncoderShares, choose_encoder_shares
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.parallel import Degrees, check_implementations, choose_degrees
@@ -33,6 +34,9 @@ def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path
         keys=args.keys,
         artifact_ttl_s=args.artifact_ttl_s,
         artifact_quota_bytes=None if args.artifact_quota_mb is None else round(args.artifact_quota_mb * 1e6),
+        backend=args.backend,
+        trust_remote_code=args.trust_remote_code,
+        input_dir=str(run.inputs),
     )
 
 
@@ -57,15 +61,19 @@ def endpoints_of(args: ServerArgs, run: RunFolder) -> Endpoints:
 
 
 def degrees_of(args: ServerArgs, model: Path) -> Degrees:
-    """The layout of every group for the model in that directory. Raises ConfigError and ModelError."""
-    spec = identify(model)
+    """The layout of every group for the model in that directory. Raises ConfigError (arguments that its backend does
+    not take, too) and ModelError."""
+    spec = identify(model, args.backend, args.trust_remote_code)
+    check_backend(args, spec)
+    if not FAMILIES[spec.family].capabilities.spans_ranks:
+        return Degrees()
     guided = (spec.defaults.guidance_scale or 0.0) > 1.0
     return choose_degrees(args.wanted_degrees, int(spec.transformer["num_attention_heads"]), guided)
 
 
 def encoder_shares_of(args: ServerArgs, model: Path, device: str) -> EncoderShares:
     """How the ranks of every group share the text encoder. Raises ConfigError and ModelError."""
-    spec = identify(model)
+    spec = identify(model, args.backend, args.trust_remote_code)
     shape = FAMILIES[spec.family].encoder_of(spec)
     return choose_encoder_shares(args.tp_size, shape, args.group_size, device)
 
@@ -118,6 +126,12 @@ def worker_spec(
         tp_size=encoder.tp,
         encoder_sets=encoder.sets,
         interface=args.interface,
+        input_dir=str(run.inputs),
+        backend=args.backend,
+        trust_remote_code=args.trust_remote_code,
+        vae_slicing=args.vae_slicing,
+        diffusers_attention_backend=args.diffusers_attention_backend,
+        diffusers_kwargs=args.diffusers_kwargs or {},
     )
 
 

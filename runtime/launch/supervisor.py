@@ -18,7 +18,8 @@ import zmq
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime import slots, transport
-from safelight.runtime.errors import ConfigError, ModelError, StartupError, from_code
+from safelight.runtime.errors import ConfigError, ModelError, StartupError, UnsupportedModel, from_code
+from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch import specs
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import RunFolder, create_run_folder
@@ -52,7 +53,7 @@ MAX_DEATHS = 20  # of a child within DEATHS_S: it dies of something that startin
 DEATHS_S = 60.0
 DRAIN_SAVING_S = 120.0  # after the grace detached jobs are saved, which takes as long as the steps under way
 FRONTEND_STOP_S = 3.0  # for answers that are being sent
-_FINAL_ERRORS = (ConfigError.code, ModelError.code)  # trying again cannot help
+_FINAL_ERRORS = (ConfigError.code, ModelError.code, UnsupportedModel.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +77,8 @@ class Supervisor:
         self._slot_bytes = slot_bytes
         joining = args.worker_endpoint is not None  # the ranks, wherever they are, know their devices
         self._device = args.device if joining else resolve_device(args.device, args.num_gpus)
-        pipeline = FAMILIES[identify(model_root).family].pipeline
+        spec = identify(model_root, args.backend, args.trust_remote_code)
+        pipeline = FAMILIES[spec.family].pipeline
         self._starter = RankStarter(["safelight.runtime.worker.main", pipeline.partition(":")[0]])
         self._groups = [Group(number) for number in range(args.replicas)]
         self._children: dict[str, Child] = {}
@@ -132,6 +134,12 @@ class Supervisor:
         """Of the journal and the artifacts; a temporary one unless --state-dir names it."""
         assert self._run_folder is not None, "started"
         return self._run_folder.state
+
+    @property
+    def inputs(self) -> InputStore:
+        """Where the pictures of requests go before they are submitted."""
+        assert self._run_folder is not None, "started"
+        return InputStore(self._run_folder.inputs)
 
     def wait_ready(self, timeout: float, on_phase: Callable[[str], None] | None = None) -> None:
         """Returns when every group is ready or given up (one is ready then).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +27,17 @@ class LoadOptions:
     compile: bool = False
     vae_tiling: bool = False  # decode in bands
     attention_backend: str = "auto"  # see kernels.dispatch.select_kernels
+    input_dir: Path | None = None  # of the pictures that requests name
+    backend: str = "auto"
+    trust_remote_code: bool = False
+    vae_slicing: bool = False
+    diffusers_attention_backend: str | None = None
+    diffusers_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_pipeline(root: Path, options: LoadOptions) -> Pipeline:
-    """Loads the model at `root` with the family that its model_index.json names. Raises ModelError."""
-    spec = identify(root)
+    """Loads the model at `root` with the family that its model_index.json and the backend name. Raises ModelError."""
+    spec = identify(root, options.backend, options.trust_remote_code)
     module_name, _, attribute = FAMILIES[spec.family].pipeline.partition(":")
     factory = getattr(importlib.import_module(module_name), attribute)
     pipeline: Pipeline = factory(spec, options)

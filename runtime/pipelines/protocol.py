@@ -47,6 +47,9 @@ class DenoiseState:
     request: GenerationRequest
     index: int
 
+    def close(self) -> None:
+        """Nothing lives outside of this state."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrameChunk:
@@ -56,7 +59,10 @@ class FrameChunk:
 
 
 class Pipeline(Protocol):
-    """One model, loaded. All methods run under torch.inference_mode, on the executor's thread."""
+    """One model, loaded. All methods run under torch.inference_mode, on the executor's thread.
+
+    Of a state the executor reads only `step`, and calls `close()` when it holds it no longer.
+    """
 
     @property
     def device(self) -> torch.device:

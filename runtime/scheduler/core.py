@@ -119,7 +119,7 @@ def _stop(s: State) -> None:
         run = job.run
         if job.attached:
             lifecycle.end(s, job, m.Status.CANCELLED, m.ErrorInfo("cancelled", "the server was shut down"))
-        elif run is not None and (step := _steps_planned(run)) > 0:
+        elif run is not None and job.profile.resumable and (step := _steps_planned(run)) > 0:
             s.groups[run.group].control.append(m.Checkpoint(*run.key, run.planned.index, step))
             s.saving.add(run.key)
     for group in s.groups.values():

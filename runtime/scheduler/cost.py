@@ -32,7 +32,7 @@ class CostModel:
         self._prior = CUDA_MS_PER_UNIT if device.startswith("cuda") else CPU_MS_PER_UNIT
 
     def rate(self, key: RateKey, group: int | None = None) -> float:
-        """ms per unit, measured or prior. A prepare is one unit."""
+        """ms per unit, measured or prior. A prepare is one unit, unless its profile says what it costs."""
         rate = self._of_group.get(group, {}).get(key) if group is not None else None
         if rate is None:
             rate = self._rates.get(key)
@@ -70,16 +70,20 @@ class CostModel:
         """Everything that is left from `at` on, when `outputs_left` outputs (the current one included) are undone."""
         chunk = profile.decode_chunk_cost * self.rate(("decode", profile.family), group)
         decode = len(profile.chunk_frames) * chunk
-        left = 0.0
+        prepare = self._costly_prepare_ms(profile, group)
+        left = prepare if at.stage <= Stage.PREPARE else 0.0
         if at.stage <= Stage.DENOISE:
-            left = self._denoise_ms(profile, at.k, group) + decode
+            left += self._denoise_ms(profile, at.k, group) + decode
         elif at.stage == Stage.DECODE:
             left = decode - at.k * chunk
         if outputs_left > 1:
-            left += (outputs_left - 1) * (self._denoise_ms(profile, 0, group) + decode)
+            left += (outputs_left - 1) * (prepare + self._denoise_ms(profile, 0, group) + decode)
         if at.stage == Stage.ENCODE:
             left += profile.encode_cost * self.rate(("encode", profile.family), group)
         return left
+
+    def _costly_prepare_ms(self, profile: JobProfile, group: int | None) -> float:
+        return profile.prepare_cost * self.rate(_prepare(profile)[0], group) if profile.prepare_cost else 0.0
 
     def _denoise_ms(self, profile: JobProfile, step: int, group: int | None) -> float:
         total, end = 0.0, profile.steps
@@ -91,6 +95,13 @@ class CostModel:
         return total
 
 
+def _prepare(profile: JobProfile) -> tuple[RateKey, float]:
+    """Drawing noise takes a moment, whatever the request; a pipeline that encodes meanwhile says what that costs."""
+    if profile.prepare_cost:
+        return ("prepare and encode", profile.family), profile.prepare_cost
+    return ("prepare", profile.family), 1.0
+
+
 def _work(op: Op, profile: JobProfile) -> tuple[RateKey, float]:
     if isinstance(op, Denoise):
         phase = profile.phase_at(op.units[0].step) if len(profile.phases) > 1 else profile.phases[0]
@@ -100,5 +111,5 @@ def _work(op: Op, profile: JobProfile) -> tuple[RateKey, float]:
     if isinstance(op, Encode):
         return ("encode", profile.family), profile.encode_cost
     if isinstance(op, Prepare):
-        return ("prepare", profile.family), 1.0
+        return _prepare(profile)
     return ("", ""), 0.0

@@ -126,7 +126,9 @@ class Job:
 
     def resume_ref(self, index: int) -> m.CheckpointRef | None:
         """The journalled checkpoint of an output."""
-        return self.checkpoint.ref if self.checkpoint is not None and self.checkpoint.index == index else None
+        if self.checkpoint is None or self.checkpoint.index != index or not self.profile.resumable:
+            return None
+        return self.checkpoint.ref
 
 
 @dataclass(frozen=True, slots=True)

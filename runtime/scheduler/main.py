@@ -13,12 +13,13 @@ from pathlib import Path
 
 import zmq
 
-from safelight.configs.families import FAMILIES, identify
+from safelight.configs.families import FAMILIES, check_images, identify
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime import curve, transport
 from safelight.runtime import messages as m
 from safelight.runtime.errors import InvalidRequest, StartupError
+from safelight.runtime.inputs import InputStore
 from safelight.runtime.scheduler import policy
 from safelight.runtime.scheduler.core import SchedulerCore
 from safelight.runtime.scheduler.events import (
@@ -58,7 +59,7 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         slot_count=spec.slots.count,
         slot_bytes=spec.slots.slot_bytes,
         max_queue=spec.max_queue,
-        profile_of=Profiler(Path(spec.model_path)).profile_of,
+        profile_of=Profiler(Path(spec.model_path), spec.backend, spec.trust_remote_code).profile_of,
         max_plan_ms=spec.max_plan_ms,
         checkpoint_every=spec.checkpoint_every,
         min_op_deadline_s=spec.min_op_deadline_s,
@@ -71,8 +72,10 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         stack.callback(os.close, wake_write)
         journal = Journal(Path(spec.journal), lambda: _wake(wake_write))
         stack.callback(journal.close)
-        open_jobs = {history.submit.job for history in journal.recovered.histories if history.terminal is None}
-        _sweep_checkpoints(Path(spec.checkpoint_dir), open_jobs)
+        open_jobs = [history.submit for history in journal.recovered.histories if history.terminal is None]
+        _sweep_checkpoints(Path(spec.checkpoint_dir), {submit.job for submit in open_jobs})
+        if spec.input_dir:
+            InputStore(Path(spec.input_dir)).sweep(image for s in open_jobs for image in s.request.images)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
         keys = curve.server_keys(Path(spec.keys)) if spec.keys else None
@@ -92,8 +95,8 @@ def _sweep_checkpoints(folder: Path, open_jobs: set[str]) -> None:
 class Profiler:
     """Validates requests against one model directory and profiles them. Raises ModelError for a bad directory."""
 
-    def __init__(self, root: Path) -> None:
-        self._spec = identify(root)
+    def __init__(self, root: Path, backend: str = "auto", trust_remote_code: bool = False) -> None:
+        self._spec = identify(root, backend, trust_remote_code)
         self._family = FAMILIES[self._spec.family]
 
     def profile_of(self, request: m.GenerationRequest) -> JobProfile:
@@ -102,6 +105,7 @@ class Profiler:
             request.prompt, request.negative_prompt, request.height, request.width, request.num_frames, request.fps,
             request.num_inference_steps, request.guidance_scale, request.seed, request.num_outputs, request.sampler,
         )  # fmt: skip
+        check_images(self._spec, len(request.images))
         self._family.validate(self._spec, params)
         _check_media(request)
         return self._family.profile(self._spec, params)

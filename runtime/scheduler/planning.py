@@ -93,6 +93,8 @@ def _checkpoint_after(s: State, op: m.Op) -> m.Checkpoint | None:
     if not isinstance(op, m.Denoise) or s.config.checkpoint_every <= 0:
         return None
     unit = op.units[0]
+    if not s.jobs[unit.job].profile.resumable:
+        return None
     due = (unit.step + 1) % s.config.checkpoint_every == 0
     return m.Checkpoint(unit.job, unit.attempt, unit.index, unit.step + 1) if due else None
 

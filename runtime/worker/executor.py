@@ -142,10 +142,13 @@ class Executor:
                 self._checkpoint(op)
             case Release(job, attempt, index):
                 held = self._held_job(job, attempt)
-                held.states.pop(index, None)
+                if (state := held.states.pop(index, None)) is not None:
+                    state.close()
                 held.cursors.pop(index, None)
             case Drop(job, attempt):
-                self._jobs.pop((job, attempt), None)
+                if (dropped := self._jobs.pop((job, attempt), None)) is not None:
+                    for state in dropped.states.values():
+                        state.close()
         return None
 
     def _held_job(self, job: str, attempt: int) -> HeldJob:
@@ -198,7 +201,7 @@ class Executor:
         return PendingChunk(op, frames, cursor is None, copied)
 
     def _to_host(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        if self._copy_stream is None:
+        if self._copy_stream is None or frames.device.type == "cpu":
             return frames.contiguous(), None
         host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
         self._copy_stream.wait_stream(torch.cuda.current_stream())

@@ -142,6 +142,12 @@ def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
         compile=spec.compile,
         vae_tiling=spec.vae_tiling,
         attention_backend=spec.attention_backend,
+        input_dir=Path(spec.input_dir) if spec.input_dir else None,
+        backend=spec.backend,
+        trust_remote_code=spec.trust_remote_code,
+        vae_slicing=spec.vae_slicing,
+        diffusers_attention_backend=spec.diffusers_attention_backend,
+        diffusers_kwargs=spec.diffusers_kwargs,
     )
     return load_pipeline(Path(spec.model_path), options)
 

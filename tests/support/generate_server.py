@@ -43,6 +43,7 @@ class FakeServer:
 
     # the supervisor
     endpoints = None
+    inputs = None
 
     def start(self) -> None:
         self.log.append("start")
@@ -101,7 +102,7 @@ def fake_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
         fake.args, fake.slot_bytes = args, slot_bytes
         return fake
 
-    def tokenized(spec: Any, jobs: list[Job]) -> list[GenerationRequest]:
+    def tokenized(spec: Any, jobs: list[Job], store: Any) -> list[GenerationRequest]:
         made = []
         for job in jobs:
             p: Any = job.params

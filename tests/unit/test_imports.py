@@ -19,7 +19,7 @@ ROOT = Path(next(iter(safelight.__path__)))
 # functions of a module may import: `launch` imports each process's main inside the function that the child runs.
 LEAVES = (
     *("configs", "runtime.errors", "runtime.messages", "runtime.transport", "runtime.curve", "runtime.logs"),
-    "runtime.slots",
+    *("runtime.slots", "runtime.inputs"),
 )
 FRONT = (*LEAVES, "runtime.launch", "runtime.text", "runtime.hub", "runtime.ulid", "entrypoints")
 MODEL = ("configs", "runtime.errors", "runtime.messages", "runtime.pipelines", "runtime.samplers", "runtime.models")
@@ -34,6 +34,7 @@ ALLOWED = {
     "runtime.transport": ("runtime.errors", "runtime.curve"),
     "runtime.curve": ("runtime.errors",),
     "runtime.slots": ("runtime.errors", "runtime.messages"),
+    "runtime.inputs": ("runtime.errors", "runtime.messages"),
     "runtime.text": ("configs", "runtime.errors", "runtime.text"),
     "runtime.launch": (*LEAVES, "runtime.launch"),
     "runtime.scheduler": (*LEAVES, "runtime.scheduler", "runtime.launch.child"),
@@ -41,7 +42,7 @@ ALLOWED = {
     "runtime.worker": (*LEAVES, "runtime.worker", "runtime.models.registry", "runtime.pipelines", "runtime.parallel"),
     "runtime.pipelines": ("configs", "runtime.errors", "runtime.messages", "runtime.pipelines", "runtime.samplers"),
     "runtime.samplers": ("runtime.errors", "runtime.pipelines", "runtime.samplers"),
-    "runtime.models": (*MODEL, "runtime.text", "runtime.layers", "runtime.parallel", "kernels"),
+    "runtime.models": (*MODEL, "runtime.text", "runtime.inputs", "runtime.layers", "runtime.parallel", "kernels"),
     "transformer": ("runtime.errors", "runtime.layers", "runtime.parallel", "kernels", "runtime.models.loading"),
     "runtime.layers": ("runtime.errors", "runtime.layers", "runtime.parallel", "kernels"),
     "runtime.parallel": ("runtime.errors", "runtime.parallel", "kernels"),

@@ -116,7 +116,7 @@ def test_every_default_is_valid_and_has_a_profile(spec: ModelSpec) -> None:
 )
 def test_other_models_are_refused_by_name(tmp_path: Path, index: Any, files: Files, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        identify(write(tmp_path, files, index))
+        identify(write(tmp_path, files, index), "safelight")
 
 
 @pytest.mark.parametrize("name", sorted(WAN_1_3B))

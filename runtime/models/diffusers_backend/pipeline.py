@@ -1,0 +1,146 @@
+"""Any diffusers pipeline as a Pipeline: each output is one call of it, run step by step (docs/diffusers-backend.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ModelMixin
+from PIL.Image import Resampling
+
+from safelight.configs.backend import check_call
+from safelight.configs.families import FAMILIES, ModelSpec
+from safelight.configs.families.diffusers import FRAMES, GUIDANCE, RATES
+from safelight.configs.profile import JobProfile
+from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime.errors import JobFailed
+from safelight.runtime.inputs import InputStore
+from safelight.runtime.messages import GenerationRequest
+from safelight.runtime.models.diffusers_backend.call import PipelineCall
+from safelight.runtime.models.diffusers_backend.loading import load_diffusers, modules_of
+from safelight.runtime.models.diffusers_backend.shared import SharedModules
+from safelight.runtime.pipelines.protocol import FrameChunk
+
+if TYPE_CHECKING:
+    from safelight.runtime.models.registry import LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class CallState:
+    """One output: its running call, and how many of the `steps` that were asked for are done.
+
+    Other than a DenoiseState it is advanced in place: the call cannot go back.
+    """
+
+    step: int
+    steps: int
+    call: PipelineCall
+
+    def close(self) -> None:
+        self.call.close()
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusersPipeline:
+    """One loaded pipeline. `kwargs` go to every call. It holds no state of any job."""
+
+    spec: ModelSpec
+    device: torch.device
+    pipe: Any
+    shared: SharedModules
+    kwargs: Mapping[str, Any]
+    inputs: InputStore | None
+    collective_decode: bool = False
+
+    def weights_bytes(self) -> int:
+        """Bytes of all resident weights."""
+        parameters = {id(p): p for module in modules_of(self.pipe).values() for p in module.parameters()}
+        return sum(p.numel() * p.element_size() for p in parameters.values())
+
+    def profile(self, request: GenerationRequest) -> JobProfile:
+        """The profile that frontend and scheduler compute from the same request."""
+        params = SamplingParams(
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            num_outputs_per_prompt=request.num_outputs,
+        )
+        return FAMILIES[self.spec.family].profile(self.spec, params)
+
+    def encode(self, request: GenerationRequest) -> dict[str, Any]:
+        """The arguments that all outputs share. The text itself is encoded by each output's call, in `prepare`."""
+        call = self.spec.call
+        assert call is not None, "identify read it"
+        values: dict[str, Any] = {
+            "prompt": request.prompt,
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.num_inference_steps,
+            **dict.fromkeys(FRAMES, request.num_frames),
+            **dict.fromkeys(RATES, request.fps),
+        }
+        if request.negative_prompt:  # to some pipelines "" is another thing than none
+            values["negative_prompt"] = request.negative_prompt
+        if request.guidance_scale != self.spec.defaults.guidance_scale or call.number(GUIDANCE) is not None:
+            values[GUIDANCE] = request.guidance_scale
+        if request.images:
+            values["image"] = self._image(request)
+        given = {name: value for name, value in values.items() if name in call}
+        return given | dict(self.kwargs) | ({"output_type": "np"} if "output_type" in call else {})
+
+    def _image(self, request: GenerationRequest) -> Any:
+        """The request's picture, scaled to the size asked for where the pipeline takes its size from the picture."""
+        if self.inputs is None:
+            raise JobFailed("this worker was started without a folder of input pictures")
+        image = self.inputs.read(request.images[0])
+        size = (request.width, request.height)
+        return image.resize(size, Resampling.LANCZOS) if self.spec.image_grid and image.size != size else image
+
+    def prepare(self, request: GenerationRequest, conditioning: dict[str, Any], index: int) -> CallState:
+        """Starts the call of output `index` and runs it up to its first step. Noise is of a CPU generator."""
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        shape = (request.num_frames, request.height, request.width)
+        call = PipelineCall(self.pipe, self.shared, {**conditioning, "generator": generator}, shape)
+        try:
+            call.begin()
+        except BaseException:
+            call.close()
+            raise
+        return CallState(0, request.num_inference_steps, call)
+
+    def step(self, states: Sequence[CallState]) -> list[CallState]:
+        """One step of each, one after the other. When a loop has another number of iterations than the steps asked for,
+        a step is its share of them."""
+        advanced = []
+        for state in states:
+            state.call.reach(math.ceil((state.step + 1) * state.call.iterations / state.steps))
+            advanced.append(replace(state, step=state.step + 1))
+        return advanced
+
+    def decode(self, state: CallState, cursor: Any | None) -> tuple[FrameChunk, Any | None]:
+        """The rest of the call; all frames are one chunk."""
+        return FrameChunk(state.call.finish()), None
+
+    def save(self, state: CallState) -> dict[str, torch.Tensor]:
+        """A call that runs cannot be written down (`capabilities.resumes`)."""
+        raise JobFailed(f"{self.spec.variant} runs through diffusers, whose calls make no checkpoints")
+
+    def load(self, request: GenerationRequest, conditioning: Any, tensors: dict[str, torch.Tensor]) -> CallState:
+        """See `save`: only a checkpoint of another backend can come here."""
+        raise JobFailed(f"{self.spec.variant} runs through diffusers, which resumes from no checkpoint; start again")
+
+
+def load(spec: ModelSpec, options: LoadOptions) -> DiffusersPipeline:
+    """Loads `spec.root` with diffusers. Raises ModelError and ConfigError."""
+    assert spec.call is not None, "identify read it"
+    check_call(spec.call, options.diffusers_kwargs)
+    pipe = load_diffusers(spec, options)
+    # transformers installs hooks of its own at a module's first use, which stay: only diffusers' are a call's
+    shared = SharedModules(part for part in modules_of(pipe).values() if isinstance(part, ModelMixin))
+    inputs = InputStore(options.input_dir) if options.input_dir else None
+    return DiffusersPipeline(spec, options.device, pipe, shared, dict(options.diffusers_kwargs), inputs)
