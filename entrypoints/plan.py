@@ -39,6 +39,8 @@ def find_model(name: str) -> ModelSpec:
 def show(name: str, num_gpus: int, as_json: bool) -> None:
     """Prints the plan of a model at its default size. Raises ConfigError and ModelError."""
     spec = find_model(name)
+    if not FAMILIES[spec.family].capabilities.spans_ranks:
+        raise ConfigError(f"--plan: {spec.variant} runs on one GPU; --replicas makes several of it", param="plan")
     profile = FAMILIES[spec.family].profile(spec, spec.defaults)
     transformer, guided = spec.transformer, profile.phases[0].batch_key.guided
     heads = int(transformer["num_attention_heads"])

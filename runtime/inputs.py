@@ -54,7 +54,10 @@ def check_picture(data: bytes, param: str = "image_path") -> Picture:
                 f"{param}: at most {MAX_PIXELS / 1e6:.0f} megapixels expected, got {found.width}x{found.height}",
                 param=param,
             )
-        upright = ImageOps.exif_transpose(found).convert("RGB")
+        upright = ImageOps.exif_transpose(found)
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")  # palettes can have an alpha of each colour
+        upright = upright.convert("RGB")
     except _BROKEN as error:
         names = ", ".join(FORMATS)
         raise InvalidRequest(

@@ -32,19 +32,16 @@ def identify(root: Path, backend: str = "auto", trust_remote_code: bool = False)
     family = next((f for f in FAMILIES.values() if name in f.pipeline_classes), None)
     if family is None:
         known = ", ".join(sorted(c for f in FAMILIES.values() for c in f.pipeline_classes))
-        refusal = UnsupportedModel(
-            f"{root / 'model_index.json'} names the pipeline class {name!r}; native families run {known}",
-            param="model_path",
-        )
+        refusal = UnsupportedModel(f"no native family runs {name}; they run {known}", param="model_path")
     else:
         try:
             return dataclasses.replace(family.identify(index, root), reason=f"{name} has a native family")
         except UnsupportedModel as unsupported:
             refusal = unsupported
     if backend == "safelight":
-        message = f"{refusal.message}. --backend diffusers, or auto, runs other pipelines of diffusers"
+        message = f"{root}: {refusal.message} (--backend diffusers, or auto, runs other pipelines of diffusers)"
         raise UnsupportedModel(message, param=refusal.param) from refusal
-    return _through_diffusers(index, root, trust_remote_code, f"no native family runs it ({refusal.message})")
+    return _through_diffusers(index, root, trust_remote_code, refusal.message)
 
 
 def check_images(spec: ModelSpec, count: int) -> None:
@@ -53,7 +50,8 @@ def check_images(spec: ModelSpec, count: int) -> None:
     if not least <= count <= most:
         wanted = str(most) if least == most else f"{least} to {most}"
         raise InvalidRequest(
-            f"{spec.variant} ({spec.task}) takes {wanted} pictures with a request, got {count}", param="image_path"
+            f"pictures with a request: {wanted} expected by {spec.variant} ({spec.task}), got {count}",
+            param="image_path",
         )
 
 

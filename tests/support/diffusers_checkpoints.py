@@ -78,17 +78,13 @@ def _stable_diffusion_parts() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stable_diffusion() -> Any:
-    """Its PNDM scheduler remembers earlier predictions, and makes one iteration more than the steps asked for."""
-    return diffusers.StableDiffusionPipeline(**_stable_diffusion_parts(), requires_safety_checker=False)
-
-
 def stable_diffusion_img2img() -> Any:
     return diffusers.StableDiffusionImg2ImgPipeline(**_stable_diffusion_parts(), requires_safety_checker=False)
 
 
 def stable_diffusion_pag() -> Any:
-    """Changes the attention processors of the shared UNet for the time of a call."""
+    """Changes the attention processors of the shared UNet for the time of a call; PNDM remembers earlier predictions,
+    and makes one iteration more than the steps asked for."""
     return diffusers.StableDiffusionPAGPipeline(
         **_stable_diffusion_parts(), requires_safety_checker=False, pag_applied_layers=["mid"]
     )
@@ -101,9 +97,8 @@ def pixart() -> Any:
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=16,
         patch_size=2, cross_attention_dim=32, caption_channels=32, use_additional_conditions=False,
     )  # fmt: skip
-    return diffusers.PixArtAlphaPipeline(
-        tokenizer, t5_encoder(tokenizer), kl_vae(4), transformer, diffusers.DPMSolverMultistepScheduler()
-    )
+    solver = diffusers.DPMSolverMultistepScheduler()
+    return diffusers.PixArtAlphaPipeline(tokenizer, t5_encoder(tokenizer), kl_vae(4), transformer, solver)
 
 
 def stable_diffusion_3() -> Any:
@@ -144,7 +139,7 @@ def ltx() -> Any:
 
 
 PIPELINES: Mapping[str, Callable[[], Any]] = MappingProxyType(
-    {f.__name__: f for f in (stable_diffusion, stable_diffusion_img2img, stable_diffusion_pag, pixart,
+    {f.__name__: f for f in (stable_diffusion_img2img, stable_diffusion_pag, pixart,
                              stable_diffusion_3, ltx)}
 )  # fmt: skip
 

@@ -72,6 +72,7 @@ class PipelineCall:
             self._stepped.close()
         finally:
             self._shared.leave()
+        vars(self._own).pop("progress_bar", None)  # which refers to this call
         self._settings, self._inputs, self._frames, self._own = {}, {}, None, None
 
     def _advance(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from safelight.configs.families import ModelSpec
 from safelight.configs.options import did_you_mean
@@ -25,8 +28,7 @@ _LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, Imp
 
 def load_diffusers(spec: ModelSpec, options: LoadOptions) -> Any:
     """The pipeline on its device. Pickles are never read; nothing is downloaded. Raises ModelError and ConfigError."""
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    _quieten()
     try:
         with torch.inference_mode(False):  # its calls run outside of the executor's inference mode
             pipe = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
@@ -50,6 +52,15 @@ def load_diffusers(spec: ModelSpec, options: LoadOptions) -> Any:
     if options.diffusers_attention_backend is not None:
         _set_attention(pipe, options.diffusers_attention_backend, spec)
     return pipe
+
+
+def _quieten() -> None:
+    """No bars and hints of both libraries on the server's stderr; and bars take a lock of threads, since one of
+    processes would be reported as leaked when the worker exits."""
+    tqdm.set_lock(threading.RLock())
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:

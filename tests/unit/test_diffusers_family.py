@@ -1,0 +1,269 @@
+"""What is known of a diffusers pipeline before anything is loaded: the backend's choice, its limits, typed refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelight.configs.backend import check_backend, refuse_remote_code
+from safelight.configs.families import FAMILIES, ModelSpec, check_images, identify
+from safelight.configs.sampling_params import SamplingParams
+from safelight.configs.server_args import ServerArgs
+from safelight.runtime.errors import ConfigError, InvalidRequest, ModelError, UnsupportedModel
+from safelight.runtime.hub import builtin_model
+from safelight.runtime.launch.specs import degrees_of
+
+
+def write(root: Path, kind: Any, components: dict[str, Any], **configs: dict[str, Any]) -> Path:
+    """A model directory of configs and an empty safetensors file each."""
+    root.mkdir(exist_ok=True)
+    (root / "model_index.json").write_text(json.dumps({"_class_name": kind, **components}))
+    for name in components:
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "config.json").write_text(json.dumps(configs.get(name, {})))
+        (root / name / "model.safetensors").write_bytes(bytes(1000))
+    return root
+
+
+SD3 = {"transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+       "text_encoder": ["transformers", "CLIPTextModelWithProjection"]}  # fmt: skip
+
+
+@pytest.fixture
+def sd3(tmp_path: Path) -> ModelSpec:
+    sizes = {"transformer": {"sample_size": 128, "patch_size": 2}, "vae": {"block_out_channels": [1, 2, 3, 4],
+             "latent_channels": 16}}  # fmt: skip
+    return identify(write(tmp_path / "sd3", "StableDiffusion3Pipeline", SD3, **sizes))
+
+
+def test_auto_prefers_a_native_family_and_says_why(sd3: ModelSpec) -> None:
+    builtin = identify(builtin_model())
+    assert (FAMILIES[builtin.family].backend, builtin.reason) == ("safelight", "WanPipeline has a native family")
+    assert FAMILIES[sd3.family].backend == "diffusers"
+    assert "no native family runs StableDiffusion3Pipeline" in sd3.reason
+
+
+def test_each_backend_can_be_asked_for(sd3: ModelSpec) -> None:
+    assert identify(builtin_model(), "diffusers").variant == "WanPipeline"
+    assert identify(builtin_model(), "diffusers").reason == "as asked"
+    assert identify(builtin_model(), "safelight").family == "wan"
+    with pytest.raises(UnsupportedModel, match="--backend diffusers") as caught:
+        identify(sd3.root, "safelight")
+    assert caught.value.param == "model_path"
+
+
+def test_a_relative_that_the_native_family_does_not_run_goes_to_diffusers(tmp_path: Path) -> None:
+    parts = {"transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
+             "transformer_2": ["diffusers", "WanTransformer3DModel"]}  # fmt: skip
+    spec = identify(write(tmp_path / "wan22", "WanPipeline", parts))
+    assert FAMILIES[spec.family].backend == "diffusers"
+    assert "two transformers" in spec.reason
+
+
+def test_a_broken_native_checkpoint_does_not_go_to_diffusers(tmp_path: Path) -> None:
+    root = write(tmp_path / "wan", "WanPipeline", {"transformer": ["diffusers", "WanTransformer3DModel"]})
+    with pytest.raises(ModelError) as caught:
+        identify(root)
+    assert not isinstance(caught.value, UnsupportedModel)
+
+
+def test_defaults_come_from_signature_and_configs(sd3: ModelSpec) -> None:
+    d = sd3.defaults
+    assert (d.height, d.width, d.num_frames) == (1024, 1024, 1)
+    assert (d.num_inference_steps, d.guidance_scale, d.sampler) == (28, 7.0, "default")
+    assert sd3.task == "text-to-image"
+    FAMILIES[sd3.family].validate(sd3, d)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "images", "frames"),
+    [
+        ("PixArtAlphaPipeline", "text-to-image", (0, 0), 1),
+        ("StableDiffusionImg2ImgPipeline", "image-to-image", (1, 1), 1),
+        ("StableVideoDiffusionPipeline", "image-to-video", (1, 1), 16),
+        ("LTXPipeline", "text-to-video", (0, 0), 161),
+        ("CogVideoXPipeline", "text-to-video", (0, 0), 16),
+        ("LattePipeline", "text-to-video", (0, 0), 16),
+        ("FluxKontextPipeline", "text-to-image", (0, 1), 1),
+    ],
+)
+def test_the_task_is_read_from_the_signature(
+    tmp_path: Path, name: str, task: str, images: tuple[int, int], frames: int
+) -> None:
+    spec = identify(write(tmp_path / "m", name, {}))
+    assert (spec.task, spec.images, spec.defaults.num_frames) == (task, images, frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("StableDifusion3Pipeline", "did you mean 'StableDiffusion3Pipeline'"),
+        ("os.system", "does not have"),
+        ("SD3Transformer2DModel", "does not have"),
+        ("DDPMPipeline", "step callback"),
+        ("StableDiffusionInpaintPipeline", "mask_image"),
+        ("StableAudioPipeline", "audio"),
+    ],
+)
+def test_classes_that_cannot_be_served_are_refused_before_anything_starts(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        identify(write(tmp_path / "m", name, {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "component"),
+    [
+        (["evil", "EvilPipeline"], ["diffusers", "X"]),
+        ("StableDiffusion3Pipeline", ["evil", "Evil"]),
+        ("StableDiffusion3Pipeline", ["subprocess", "Popen"]),
+        ("StableDiffusion3Pipeline", ["../stable_diffusion", "X"]),
+        ("StableDiffusion3Pipeline", ["diffusers", ["X"]]),
+        (7, ["diffusers", "X"]),
+    ],
+)
+def test_anything_but_classes_of_both_libraries_is_remote_code(tmp_path: Path, kind: Any, component: Any) -> None:
+    root = write(tmp_path / "m", kind, {"transformer": component})
+    with pytest.raises(ModelError, match="--trust-remote-code") as caught:
+        identify(root)
+    assert caught.value.param == "trust_remote_code"
+
+
+def test_a_class_that_one_pipeline_defines_is_known_unless_the_checkpoint_replaces_it(tmp_path: Path) -> None:
+    root = write(tmp_path / "m", "StableDiffusionPipeline", {"safety_checker": ["stable_diffusion", "Checker"]})
+    assert identify(root).variant == "StableDiffusionPipeline"
+    (root / "safety_checker" / "stable_diffusion.py").write_text("boom")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        identify(root)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pkl"])
+def test_pickled_weights_are_refused(tmp_path: Path, suffix: str) -> None:
+    root = write(tmp_path / "m", "StableDiffusion3Pipeline", SD3)
+    weights = root / "vae" / "model.safetensors"
+    weights.rename(weights.with_suffix(suffix))
+    with pytest.raises(ModelError, match=f"model{suffix}.*safetensors"):
+        identify(root)
+
+
+def test_a_missing_component_is_named(tmp_path: Path) -> None:
+    root = write(tmp_path / "m", "StableDiffusion3Pipeline", SD3)
+    (root / "vae").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="no folder vae"):
+        identify(root)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"height": 1020}, "height"),
+        ({"width": 0}, "width"),
+        ({"width": 8200}, "width"),
+        ({"num_frames": 2}, "num_frames"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"num_outputs_per_prompt": 17}, "num_outputs_per_prompt"),
+        ({"fps": 0}, "fps"),
+        ({"seed": -1}, "seed"),
+        ({"sampler": "unipc"}, "sampler"),
+        ({"prompt": "x" * 20_001}, "prompt"),
+    ],
+)
+def test_limits_of_requests(sd3: ModelSpec, changes: dict[str, Any], param: str) -> None:
+    params = dataclasses.replace(sd3.defaults, **changes)
+    with pytest.raises(InvalidRequest) as caught:
+        FAMILIES[sd3.family].validate(sd3, params)
+    assert caught.value.param == param
+
+
+def test_a_parameter_that_the_call_does_not_take_is_refused(tmp_path: Path) -> None:
+    spec = identify(write(tmp_path / "m", "StableVideoDiffusionPipeline", {}))
+    for name, value in (("negative_prompt", "bad"), ("guidance_scale", 3.0)):
+        params = dataclasses.replace(spec.defaults, **{name: value})
+        with pytest.raises(InvalidRequest, match=f"takes no {name}"):
+            FAMILIES[spec.family].validate(spec, params)
+
+
+def test_pictures_are_counted(sd3: ModelSpec, tmp_path: Path) -> None:
+    img2img = identify(write(tmp_path / "m", "StableDiffusionImg2ImgPipeline", {}))
+    check_images(sd3, 0)
+    check_images(img2img, 1)
+    for spec, count in ((sd3, 1), (img2img, 0), (img2img, 2)):
+        with pytest.raises(InvalidRequest, match=f"got {count}") as caught:
+            check_images(spec, count)
+        assert caught.value.param == "image_path"
+
+
+def test_costs_grow_with_what_is_asked_for(sd3: ModelSpec) -> None:
+    family = FAMILIES[sd3.family]
+    small = family.profile(sd3, SamplingParams(height=512, width=512).merged_over(sd3.defaults))
+    large = family.profile(sd3, sd3.defaults)
+    unguided = family.profile(sd3, SamplingParams(guidance_scale=1.0).merged_over(sd3.defaults))
+    assert large.tokens == 4 * small.tokens == 4096
+    assert large.phases[0].step_cost == pytest.approx(4 * small.phases[0].step_cost)
+    assert unguided.phases[0].step_cost == pytest.approx(large.phases[0].step_cost / 2)
+    assert large.chunk_bytes == 1024 * 1024 * 3
+    assert large.chunk_frames == (1,)
+    assert not large.resumable
+
+
+@pytest.mark.parametrize(
+    ("args", "param"),
+    [
+        ({"num_gpus": 2}, "num_gpus"),
+        ({"checkpoint_every": 5}, "checkpoint_every"),
+        ({"attention_backend": "torch_sdpa"}, "attention_backend"),
+        ({"vae_path": "elsewhere"}, "vae_path"),
+        ({"diffusers_kwargs": {"max_sequence_len": 77}}, "diffusers_kwargs"),
+        ({"diffusers_kwargs": {"height": 77}}, "diffusers_kwargs"),
+        ({"diffusers_kwargs": {"generator": 1}}, "diffusers_kwargs"),
+        ({"diffusers_kwargs": {"max_sequence_length": {1, 2}}}, "diffusers_kwargs"),
+    ],
+)
+def test_arguments_that_diffusers_cannot_follow_are_refused(sd3: ModelSpec, args: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        degrees_of(ServerArgs(**args), sd3.root)
+    assert caught.value.param == param
+
+
+def test_a_further_argument_is_suggested_by_name(sd3: ModelSpec) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'max_sequence_length'"):
+        check_backend(ServerArgs(diffusers_kwargs={"max_sequence_len": 77}), sd3)
+    check_backend(ServerArgs(diffusers_kwargs={"max_sequence_length": 77}), sd3)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"vae_slicing": True},
+        {"diffusers_attention_backend": "native"},
+        {"diffusers_kwargs": {"eta": 1}},
+        {"trust_remote_code": True},
+    ],
+)
+def test_arguments_of_diffusers_are_refused_for_a_native_model(args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="does nothing with the backend safelight") as caught:
+        degrees_of(ServerArgs(**args), builtin_model())
+    assert caught.value.param == next(iter(args))
+
+
+def test_replicas_may_share_the_gpus(sd3: ModelSpec) -> None:
+    assert degrees_of(ServerArgs(num_gpus=2, replicas=2), sd3.root).world_size == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.1"])
+def test_remote_code_is_allowed_where_only_this_machine_can_ask(host: str) -> None:
+    refuse_remote_code(ServerArgs(trust_remote_code=True), host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org", "", "127.0.0.1.example.org"])
+def test_remote_code_is_refused_where_others_can_ask(host: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        refuse_remote_code(ServerArgs(trust_remote_code=True), host)
+    assert caught.value.param == "trust_remote_code"
+    refuse_remote_code(ServerArgs(), host)
