@@ -46,19 +46,21 @@ def steps_of(running: Running, job: str) -> list[int]:
 
 def test_jobs_interleave_are_followed_and_cancelled_and_survive_their_worker(start: Start, sd3: Path) -> None:
     running = start(model=sd3)
-    long, short = job_of(num_inference_steps=60, seed=1), job_of(num_inference_steps=20, seed=2, prompt="two dogs")
+    long, short = job_of(num_inference_steps=200, seed=1), job_of(num_inference_steps=20, seed=2, prompt="two dogs")
 
     # alone
     expected = {}
-    for name, request in (("long", long), ("short", short)):
-        job = running.client.submit(request)
+    for name, wanted in (("long", long), ("short", short)):
+        job = running.client.submit(wanted)
         expected[name] = pixels(running.terminals([job])[job])
-        assert steps_of(running, job) == list(range(1, request.num_inference_steps + 1))
+        assert steps_of(running, job) == list(range(1, wanted.num_inference_steps + 1))
 
     # together, the short one submitted in the middle of the long one; detached jobs are jobs like any other
     first = running.client.submit(long, attached=False)
     running.at_step(first, 5)
     second = running.client.submit(short, attached=False)
+    running.until(lambda event: event.job == second and event.status is not None)
+    assert steps_of(running, first)[-1] < 200, "the short one did not wait for the long one"
     ends = running.terminals([first, second])
     assert np.array_equal(pixels(ends[first]), expected["long"])
     assert np.array_equal(pixels(ends[second]), expected["short"])
@@ -82,10 +84,10 @@ def test_jobs_interleave_are_followed_and_cancelled_and_survive_their_worker(sta
 
 def test_a_scheduler_that_was_started_again_goes_on_with_running_calls(start: Start, sd3: Path) -> None:
     running = start(model=sd3)
-    request = job_of(num_inference_steps=150)
-    job = running.client.submit(request)
+    wanted = job_of(num_inference_steps=150)
+    job = running.client.submit(wanted)
     expected = pixels(running.terminals([job])[job])
-    job = running.client.submit(request)
+    job = running.client.submit(wanted)
     running.at_step(job, 10)
     running.kill("scheduler")
     assert np.array_equal(pixels(running.terminals([job])[job]), expected)

@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from safelight.configs.backend import check_backend, refuse_remote_code
+from safelight.configs.config_file import load_config
 from safelight.configs.families import FAMILIES, ModelSpec, check_images, identify
+from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints.jobs import check_jobs, requests
+from safelight.entrypoints.plan import show
 from safelight.runtime.errors import ConfigError, InvalidRequest, ModelError, UnsupportedModel
 from safelight.runtime.hub import builtin_model
-from safelight.runtime.launch.specs import degrees_of
+from safelight.runtime.inputs import InputStore
+from safelight.runtime.launch.folders import create_run_folder
+from safelight.runtime.launch.processes import Group
+from safelight.runtime.launch.specs import degrees_of, scheduler_spec, worker_spec
+from safelight.runtime.messages import SlotPool
 
 
 def write(root: Path, kind: Any, components: dict[str, Any], **configs: dict[str, Any]) -> Path:
@@ -267,3 +276,67 @@ def test_remote_code_is_refused_where_others_can_ask(host: str) -> None:
         refuse_remote_code(ServerArgs(trust_remote_code=True), host)
     assert caught.value.param == "trust_remote_code"
     refuse_remote_code(ServerArgs(), host)
+
+
+def test_no_layout_is_planned_for_a_model_that_runs_on_one_gpu(sd3: ModelSpec) -> None:
+    with pytest.raises(ConfigError, match="runs on one GPU") as caught:
+        show(str(sd3.root), 4, as_json=False)
+    assert caught.value.param == "plan"
+
+
+def test_further_arguments_come_from_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("backend: diffusers\ndiffusers-kwargs:\n  strength: 0.5\n  clip_skip: null\n")
+    values = load_config(file, (ServerArgs,))
+    args = ServerArgs(**values)
+    assert (args.backend, args.diffusers_kwargs) == ("diffusers", {"strength": 0.5, "clip_skip": None})
+    file.write_text("diffusers_kwargs: strength\n")
+    with pytest.raises(ConfigError, match="names and values expected"):
+        load_config(file, (ServerArgs,))
+
+
+def test_the_arguments_reach_scheduler_and_workers(sd3: ModelSpec, tmp_path: Path) -> None:
+    args = ServerArgs(
+        backend="diffusers", trust_remote_code=True, vae_slicing=True, vae_tiling=True,
+        diffusers_attention_backend="native", diffusers_kwargs={"skip_layer_guidance_scale": 1.0},
+    )  # fmt: skip
+    run = create_run_folder(tmp_path / "state")
+    try:
+        pool = SlotPool("x", 1, 1)
+        worker = worker_spec(args, run, pool, sd3.root, "cpu", Group(0), 0)
+        scheduler = scheduler_spec(args, run, pool, sd3.root, 1)
+    finally:
+        run.remove()
+    assert worker.trust_remote_code
+    assert scheduler.trust_remote_code
+    assert worker.vae_slicing
+    assert worker.vae_tiling
+    assert worker.backend == scheduler.backend == "diffusers"
+    assert worker.diffusers_attention_backend == "native"
+    assert worker.diffusers_kwargs == {"skip_layer_guidance_scale": 1.0}
+    assert worker.input_dir == scheduler.input_dir == str(tmp_path / "state" / "inputs")
+
+
+def test_a_picture_is_checked_counted_stored_and_gives_its_size(tmp_path: Path) -> None:
+    vae = {"block_out_channels": [1, 2, 3, 4]}
+    parts = {"vae": ["diffusers", "AutoencoderKL"]}
+    spec = identify(write(tmp_path / "m", "StableDiffusionImg2ImgPipeline", parts, vae=vae))
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (100, 75), (200, 30, 4)).save(photo)
+    params = SamplingParams(prompt="a", image_path=str(photo))
+    jobs = check_jobs(spec, [("", params), ("", dataclasses.replace(params, height=64))], GenerateArgs())
+    assert [(job.params.width, job.params.height) for job in jobs] == [(96, 72), (96, 64)]
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    made = list(requests(spec, jobs, InputStore(folder)))
+    assert made[0].images == made[1].images
+    assert InputStore(folder).read(made[0].images[0]).size == (100, 75)
+    assert made[0].token_ids == {}
+    for wrong, message in (("no such file", "cannot be read"), (str(spec.root / "model_index.json"), "PNG, JPEG")):
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            check_jobs(spec, [("", dataclasses.replace(params, image_path=wrong))], GenerateArgs())
+        assert caught.value.param == "image_path"
+    with pytest.raises(InvalidRequest, match="0 expected"):
+        check_jobs(identify(builtin_model()), [("", params)], GenerateArgs())
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        list(requests(spec, check_jobs(spec, [("", dataclasses.replace(params, prompt="\ud800"))], GenerateArgs())))

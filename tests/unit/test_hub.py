@@ -77,6 +77,12 @@ def test_a_download_brings_weights_and_configs_but_nothing_executable(endpoint: 
     assert found == {name: FILES[name] for name in ("model_index.json", "vae/weights.safetensors")}
 
 
+def test_code_is_downloaded_only_when_it_is_trusted(endpoint: str, tmp_path: Path) -> None:
+    root = hub.download("org/tiny", quiet=True, code=True, endpoint=endpoint, cache_dir=tmp_path)
+    found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert found == {"model_index.json", "vae/weights.safetensors", "run.py"}
+
+
 def test_an_unknown_repository_is_a_model_error(endpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="check its spelling"):
         hub.download("org/typo", quiet=True, endpoint=endpoint, cache_dir=tmp_path)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import scheduler_world
 from scheduler_world import BUDGET, World, make_request, profile_of
 
 from safelight.runtime import messages as m
 from safelight.runtime.errors import ConfigError
 from safelight.runtime.scheduler import policy
-from safelight.runtime.scheduler.cost import CostModel
+from safelight.runtime.scheduler.cost import PREPARE_MS, CostModel
 from safelight.runtime.scheduler.events import ClientSaid, CoreEvent, OutputSaid, RankSaid, SendClient, SupervisorSaid
 from safelight.runtime.scheduler.jobs import Cursor, Stage
 from safelight.runtime.scheduler.policy import JobView
@@ -206,6 +208,31 @@ def test_a_job_resumes_from_its_last_journalled_checkpoint() -> None:
     world.quiesce()
     prepared = [op for op in ops_of(world, "a") if isinstance(op, m.Prepare)]
     assert [(p.attempt, p.resume.step if p.resume else 0) for p in prepared] == [(0, 0), (1, 4)]
+
+
+def test_a_job_that_cannot_resume_makes_no_checkpoints_and_starts_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        scheduler_world, "profile_of", lambda request: dataclasses.replace(profile_of(request), resumable=False)
+    )
+    world = settled(checkpoint_every=2, ranks=1)
+    world.submit("a", make_request(steps=6), attached=False)
+    while not any(isinstance(op, m.Denoise) and op.units[0].step == 5 for op in ops_of(world, "a")):
+        world.sweep()
+    world.end_group(0)
+    world.quiesce()
+    assert world.published["a"].status == m.Status.COMPLETED
+    ops = ops_of(world, "a")
+    assert not [op for op in ops if isinstance(op, m.Checkpoint)]
+    assert [(p.attempt, p.resume) for p in ops if isinstance(p, m.Prepare)] == [(0, None), (1, None)]
+    world.submit("b", make_request(steps=50), attached=False)
+    for _ in range(6):
+        world.sweep()
+    world.feed(SupervisorSaid(m.Drain(2.0)))
+    for _ in range(20):
+        world.tick()
+        world.sweep()
+    assert world.drained
+    assert not [op for op in ops_of(world, "b") if isinstance(op, m.Checkpoint)]
 
 
 def test_finished_outputs_are_kept_when_the_group_dies() -> None:
@@ -487,3 +514,19 @@ def test_cost_model_learns_rates_and_predicts_what_is_left() -> None:
     assert left == pytest.approx(180 + 30 + 4 * 180 + 30)
     assert cost.remaining_ms(profile, Cursor(1, Stage.DECODE, 2), outputs_left=1) == pytest.approx(10)
     assert cost.remaining_ms(profile, Cursor(1, Stage.SAVE), outputs_left=1) == 0
+
+
+def test_preparations_that_encode_are_learned_apart_and_counted() -> None:
+    plain = profile_of(make_request(steps=4, outputs=2, size=1))
+    costly = dataclasses.replace(plain, prepare_cost=3.0)
+    cost = CostModel()
+    cost.use_device("cuda:0")
+    prepare = m.Prepare("a", 0, 0)
+    assert cost.op_ms(prepare, costly) == pytest.approx(3.3 * 3)
+    cost.learn(prepare, costly, 60.0)
+    assert cost.op_ms(prepare, costly) == pytest.approx(60.0)
+    assert cost.op_ms(prepare, plain) == pytest.approx(PREPARE_MS)
+    for at, ahead in ((Cursor(0, Stage.PREPARE), 2), (Cursor(0, Stage.DENOISE), 1)):
+        more = cost.remaining_ms(costly, at, outputs_left=2) - cost.remaining_ms(plain, at, outputs_left=2)
+        assert more == pytest.approx(60.0 * ahead)
+    assert costly.total_cost == pytest.approx(plain.total_cost + 6.0)
