@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.families.calls import CallSignature
 from safelight.configs.families.diffusers import OWNED, REQUESTED
+from safelight.configs.http_args import HttpArgs
 from safelight.configs.options import did_you_mean, flag
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime.errors import ConfigError, ModelError
@@ -87,16 +87,12 @@ def backend_settings(args: ServerArgs, spec: ModelSpec) -> dict[str, str]:
     }
 
 
-def refuse_remote_code(args: ServerArgs, host: str) -> None:
+def refuse_remote_code(args: ServerArgs, http: HttpArgs) -> None:
     """Raises ConfigError when a server that other machines can reach would run a checkpoint's own code."""
-    try:
-        local = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if args.trust_remote_code and not local:
+    if args.trust_remote_code and not http.is_loopback:
         raise ConfigError(
-            f"--trust-remote-code with --host {host}: code of a checkpoint runs only in servers that no other machine "
-            "can reach; use --host 127.0.0.1, or leave it out",
+            f"--trust-remote-code with --host {http.host}: code of a checkpoint runs only in servers that no other "
+            "machine can reach; use --host 127.0.0.1, or leave it out",
             param="trust_remote_code",
         )
 

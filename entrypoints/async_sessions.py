@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safelight.configs.families import identify
 from safelight.entrypoints import address_card, async_client
 from safelight.entrypoints.client import error_of_end
 from safelight.entrypoints.results import RequestMaker, Result
@@ -53,8 +52,8 @@ class AsyncClient:
     """Of a running `safelight serve` on this host; `endpoint` is its state folder. Use it with `async with`."""
 
     def __init__(self, endpoint: str | Path, owner: str = "local") -> None:
-        card = address_card.read(endpoint)
-        self._maker, self._owner = RequestMaker(identify(Path(card.model))), owner
+        card, inputs = address_card.read(endpoint)
+        self._maker, self._owner = RequestMaker(card.spec, inputs), owner
         self._wire = async_client.AsyncClient(card.endpoints)
 
     async def submit(

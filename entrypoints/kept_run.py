@@ -18,7 +18,7 @@ import msgspec
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.jobs import Job
 from safelight.runtime.errors import ConfigError, SafelightError, StartupError, from_code
-from safelight.runtime.messages import ErrorInfo, MediaSpec
+from safelight.runtime.messages import ErrorInfo, InputImage, MediaSpec
 from safelight.runtime.ulid import new_ulid
 
 _VERSION = 1
@@ -28,6 +28,7 @@ class KeptJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     params: SamplingParams
     media: MediaSpec
+    images: tuple[InputImage, ...] = ()
 
 
 class RunFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,14 +87,14 @@ class KeptRun:
     def match(self, settings: Mapping[str, str], jobs: Sequence[Job]) -> None:
         """Raises ConfigError unless these are the jobs of the earlier run; without one, gives each an id."""
         if self._earlier is None:
-            made = tuple(KeptJob(new_ulid(), job.params, job.media) for job in jobs)
+            made = tuple(KeptJob(new_ulid(), job.params, job.media, _images(job)) for job in jobs)
             self._run = RunFile(_VERSION, dict(settings), made)
             return
         for name, value in settings.items():
             if (before := self._earlier.settings.get(name)) != value:
                 raise _other_run(f"{name} {before}", value)
         for job, kept in zip(jobs, self._earlier.jobs, strict=True):
-            had, has = _values(kept.params, kept.media), _values(job.params, job.media)
+            had, has = _values(kept.params, kept.media, kept.images), _values(job.params, job.media, _images(job))
             for name in has:
                 if had[name] != has[name]:
                     raise _other_run(f"{name} {had[name]!r} in job {job.number}", repr(has[name]))
@@ -138,9 +139,15 @@ class KeptRun:
         return frozenset(Path(path) for result in self._results.values() for path in result.paths)
 
 
-def _values(params: SamplingParams, media: MediaSpec) -> dict[str, Any]:
+def _images(job: Job) -> tuple[InputImage, ...]:
+    return tuple(picture.ref for picture in job.images)
+
+
+def _values(params: SamplingParams, media: MediaSpec, images: tuple[InputImage, ...]) -> dict[str, Any]:
+    """What makes one job another; a picture is the same wherever it lies."""
     return dataclasses.asdict(params) | {
         "output_format": media.format.value, "output_quality": media.quality, "return_frames": media.with_frames,
+        "image_path": ", ".join(image.sha256 for image in images),
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.jobs import check_jobs, load_tokenizer, request_of
 from safelight.runtime.errors import JobFailed
+from safelight.runtime.inputs import InputStore
 from safelight.runtime.messages import Artifact, GenerationRequest
 
 if TYPE_CHECKING:
@@ -43,10 +44,13 @@ class Result:
 
 
 class RequestMaker:
-    """Checks and completes requests for one model. Raises ModelError when its tokenizer cannot be read."""
+    """Checks and completes requests for one model, whose server finds their pictures in `inputs`.
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec, self._tokenizer = spec, load_tokenizer(spec)
+    Raises ModelError when the model's tokenizer cannot be read.
+    """
+
+    def __init__(self, spec: ModelSpec, inputs: InputStore) -> None:
+        self._spec, self._tokenizer, self._inputs = spec, load_tokenizer(spec), inputs
 
     def make(
         self, prompt: str, output_format: str | None, output_quality: int | None, **params: Any
@@ -54,7 +58,8 @@ class RequestMaker:
         """`params` are SamplingParams' fields. Raises InvalidRequest and ConfigError naming the parameter."""
         files = GenerateArgs(output_format=output_format, output_quality=output_quality)
         (job,) = check_jobs(self._spec, [("", SamplingParams(prompt=prompt, **params))], files)
-        return request_of(self._tokenizer, job.params, job.media)
+        images = tuple(self._inputs.add(picture) for picture in job.images)
+        return request_of(self._tokenizer, job.params, job.media, images)
 
 
 def _frames(path: Path) -> npt.NDArray[np.uint8]:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from safelight.configs.backend import refuse_remote_code
 from safelight.configs.env import api_key
 from safelight.configs.families import FAMILIES, ModelSpec, identify
 from safelight.configs.http_args import HttpArgs
@@ -34,6 +35,7 @@ _LOOK_S = 0.5
 def run(http: HttpArgs, args: ServerArgs) -> int:
     """The exit code. Raises SafelightError when the server could not start or cannot go on."""
     logs.configure("serve", args.log_level)
+    refuse_remote_code(args, http)
     keys = api_keys(http, os.environ)
     try:
         with listen(http) as listening, Interrupts() as interrupts:
@@ -112,11 +114,12 @@ class _Serve:
         self._http, self._args, self._keys, self._listening = http, args, keys, listening
 
     def run(self, interrupts: Interrupts) -> int:
-        root = hub.resolve(self._args.model_path)
+        root = hub.resolve(self._args.model_path, code=self._args.trust_remote_code)
         args = self._args
         if args.vae_path is not None:
             args = dataclasses.replace(args, vae_path=str(hub.resolve(args.vae_path, "vae_path")))
-        spec = identify(root)
+        spec = identify(root, args.backend, args.trust_remote_code)
+        say(f"backend: {FAMILIES[spec.family].backend} ({spec.reason})")
         check_layout(args, root)
         limits = self._limits(spec)
         server = Supervisor(
@@ -130,8 +133,9 @@ class _Serve:
             say(f"listening on {address}; the model is being loaded")
             if args.state_dir is None:
                 say("jobs and results are lost when the server stops; --state-dir FOLDER keeps them")
-            card = address_card.write(server.state_folder, address_card.Card(server.endpoints, str(root)))
-            say(f"Python clients: safelight.Client({str(card.parent)!r})")
+            card = address_card.Card(server.endpoints, str(root), args.backend, args.trust_remote_code)
+            card_file = address_card.write(server.state_folder, card)
+            say(f"Python clients: safelight.Client({str(card_file.parent)!r})")
             threading.Thread(target=_announce, args=(server, args.startup_timeout_s, address), daemon=True).start()
             self._watch(server, interrupts)
         finally:
@@ -162,7 +166,8 @@ class _Serve:
 
     def _frontend(self, args: ServerArgs, root: Path, limits: RequestLimits, ends: Endpoints) -> FrontendSpec:
         dit, vae = precisions(args, resolve_device(args.device, args.num_gpus))
-        model = ServedModel(args.model_path or "builtin", str(root), args.num_gpus, dit, vae)
+        name = args.model_path or "builtin"
+        model = ServedModel(name, str(root), args.num_gpus, dit, vae, args.backend, args.trust_remote_code)
         return FrontendSpec(ends, self._listening.fileno(), model, limits, self._keys, args.log_level)
 
 

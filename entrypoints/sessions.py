@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safelight.configs.families import identify
+from safelight.configs.families import ModelSpec, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import address_card, client
 from safelight.entrypoints.results import RequestMaker, Result
 from safelight.entrypoints.serve import MIN_PIXELS, frame_bytes
 from safelight.runtime import hub
+from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Endpoints, Event, Priority, Progress, Status
 
@@ -53,8 +54,8 @@ class Job:
 class Session:
     """What Client and Engine share."""
 
-    def __init__(self, endpoints: Endpoints, model: Path, owner: str) -> None:
-        self._maker = RequestMaker(identify(model))
+    def __init__(self, endpoints: Endpoints, spec: ModelSpec, inputs: InputStore, owner: str) -> None:
+        self._maker = RequestMaker(spec, inputs)
         self._wire = client.Client(endpoints, owner)
 
     def submit(
@@ -102,8 +103,8 @@ class Client(Session):
     """Of a running `safelight serve` on this host; `endpoint` is its state folder."""
 
     def __init__(self, endpoint: str | Path, owner: str = "local") -> None:
-        card = address_card.read(endpoint)
-        super().__init__(card.endpoints, Path(card.model), owner)
+        card, inputs = address_card.read(endpoint)
+        super().__init__(card.endpoints, card.spec, inputs, owner)
 
 
 class Engine(Session):
@@ -114,11 +115,12 @@ class Engine(Session):
 
     def __init__(self, model_path: str | None = None, *, max_pixels: int = MIN_PIXELS, **args: Any) -> None:
         settings = ServerArgs(model_path=model_path, **args)
-        root = hub.resolve(settings.model_path)
-        self._server = Supervisor(settings, root, frame_bytes(identify(root), max_pixels)).start()
+        root = hub.resolve(settings.model_path, code=settings.trust_remote_code)
+        spec = identify(root, settings.backend, settings.trust_remote_code)
+        self._server = Supervisor(settings, root, frame_bytes(spec, max_pixels)).start()
         try:
             self._server.wait_ready(settings.startup_timeout_s)
-            super().__init__(self._server.endpoints, root, "local")
+            super().__init__(self._server.endpoints, spec, self._server.inputs, "local")
         except BaseException:
             self._server.stop()
             raise

@@ -11,6 +11,7 @@ from safelight.runtime.errors import ModelError
 
 # Weights are safetensors only, so nothing that is downloaded can execute code.
 ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer*/*.txt", "tokenizer*/*.model", "LICENSE*", "README.md")
+_READ = (".json", ".safetensors", ".txt", ".model", ".py")  # suffixes of what models are loaded from
 _SAMPLE = 1 << 20  # bytes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -54,7 +55,7 @@ def fingerprint(root: Path) -> str:
     the names, shapes and last tensors: a hash of all weights would take minutes.
     """
     digest = hashlib.sha256()
-    for path in sorted(found for found in root.rglob("*") if found.suffix in (".json", ".safetensors")):
+    for path in sorted(found for found in root.rglob("*") if found.suffix in _READ):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

@@ -5,6 +5,7 @@ Requests name them by hash, size and nothing else, so that no client can make a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -69,6 +70,12 @@ def check_picture(data: bytes, param: str = "image_path") -> Picture:
     return Picture(InputImage(hashlib.sha256(png).hexdigest(), upright.width, upright.height), png)
 
 
+def check_ref(ref: InputImage) -> None:
+    """Raises InvalidRequest for a picture that is not named as `InputStore` names it."""
+    if not _SHA256.fullmatch(ref.sha256):
+        raise InvalidRequest(f"image: a sha256 in hexadecimal expected, got {ref.sha256[:80]!r}", param="image_path")
+
+
 class InputStore:
     """The folder of a run's pictures; frontends add, workers read, the scheduler sweeps."""
 
@@ -91,17 +98,23 @@ class InputStore:
         try:
             data = self._path(ref).read_bytes()
         except OSError as error:
-            raise JobFailed(f"the input picture {ref.sha256[:12]} cannot be read: {error.strerror}") from error
+            raise JobFailed(
+                f"the input picture {ref.sha256[:12]} cannot be read: {error.strerror}; workers on other hosts need a "
+                "--state-dir that they share with the server"
+            ) from error
         if hashlib.sha256(data).hexdigest() != ref.sha256:
             raise JobFailed(f"the input picture {ref.sha256[:12]} is not the one that was stored")
         return Image.open(io.BytesIO(data), formats=("PNG",)).convert("RGB")
 
     def sweep(self, used: Iterable[InputImage]) -> None:
         """Deletes what no open job names and what is not fresh."""
-        names = {self._path(ref).name for ref in used}
+        names = {f"{ref.sha256}.png" for ref in used}
         for path in self._folder.iterdir():
-            if path.name not in names and time.time() - path.stat().st_mtime > UNUSED_S:
-                path.unlink(missing_ok=True)
+            if path.name in names:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a picture that was being written has its name now
+                if time.time() - path.stat().st_mtime > UNUSED_S:
+                    path.unlink()
 
     def _path(self, ref: InputImage) -> Path:
         if not _SHA256.fullmatch(ref.sha256):

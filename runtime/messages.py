@@ -801,6 +801,8 @@ class ServedModel(Part):
     num_gpus: int
     dit_precision: str
     vae_precision: str
+    backend: str = "auto"
+    trust_remote_code: bool = False
 
 
 class FrontendSpec(Part):

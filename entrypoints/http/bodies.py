@@ -28,7 +28,7 @@ async def read(request: Request, kind: type[Body]) -> tuple[Body, list[str]]:
     values = {name: value for name, value in values.items() if value is not None}
     known = set(kind.__struct_fields__)
     for name in FILES & values.keys():
-        raise InvalidRequest(f"{name}: the served model takes text only; leave it out", param=name)
+        raise InvalidRequest(f"{name}: requests cannot bring pictures yet; leave it out", param=name)
     unknown = sorted(values.keys() - known - IGNORED)
     try:
         body = msgspec.convert({k: v for k, v in values.items() if k in known}, kind, strict=not form)

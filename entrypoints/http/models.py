@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from safelight.configs.families import ModelSpec
 from safelight.entrypoints.http import replies
 from safelight.entrypoints.http.schemas import Model, ModelInfo, ModelList
 from safelight.entrypoints.http.service import Service
@@ -31,17 +31,24 @@ async def model_info(request: Request) -> Response:
     """GET /models."""
     service: Service = request.app.state.service
     model, spec = service.translator.model, service.translator.spec
-    index = json.loads((Path(model.root) / "model_index.json").read_text(encoding="utf-8"))
     reply = ModelInfo(
         model_path=model.id,
         task_type=_TASKS.get(spec.task, spec.task),
         pipeline_name=spec.variant,
-        pipeline_class=str(index.get("_class_name")),
+        pipeline_class=_pipeline_class(spec),
         num_gpus=model.num_gpus,
         dit_precision=model.dit_precision,
         vae_precision=model.vae_precision,
     )
     return replies.json(reply)
+
+
+def _pipeline_class(spec: ModelSpec) -> str:
+    """As the checkpoint names it; of a class of its own, without the file."""
+    if spec.call is not None:
+        return spec.call.name
+    index = json.loads((spec.root / "model_index.json").read_text(encoding="utf-8"))
+    return str(index.get("_class_name"))
 
 
 def _model(request: Request) -> Model:

@@ -28,7 +28,7 @@ class Translator:
 
     def __init__(self, model: ServedModel, limits: RequestLimits) -> None:
         self.model = model
-        self.spec = identify(Path(model.root))
+        self.spec = identify(Path(model.root), model.backend, model.trust_remote_code)
         self._limits = limits
         self._family = FAMILIES[self.spec.family]
         self._tokenizer = load_tokenizer(self.spec)
@@ -98,8 +98,18 @@ class Translator:
     async def _request(
         self, body: ImageRequest | VideoRequest, params: SamplingParams, media: MediaSpec
     ) -> GenerationRequest:
+        self._check_input(body)
         self._check(body, params)
         return await asyncio.to_thread(request_of, self._tokenizer, params, media)  # long prompts take milliseconds
+
+    def _check_input(self, body: ImageRequest | VideoRequest) -> None:
+        """Raises InvalidRequest for a model that starts from a picture, under OpenAI's name of that."""
+        if self.spec.images[0] > 0:
+            raise InvalidRequest(
+                f"{self.model.id} ({self.spec.task}) starts from a picture, which HTTP requests cannot bring yet; use "
+                "safelight.Client, or `safelight generate --image-path`",
+                param="input_reference" if isinstance(body, VideoRequest) else "image",
+            )
 
     def _check(self, body: ImageRequest | VideoRequest, params: SamplingParams) -> None:
         """Raises InvalidRequest under the body's own names."""

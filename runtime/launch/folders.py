@@ -13,6 +13,7 @@ from safelight.runtime.errors import StartupError
 from safelight.runtime.messages import Endpoints
 
 _PREFIX = f"safelight-{os.getuid()}-"
+INPUTS = "inputs"  # the folder of input pictures in a state folder
 _IPC_PATH_LIMIT = 100  # bytes; sockaddr_un holds 108
 
 
@@ -48,7 +49,7 @@ class RunFolder:
 
     @property
     def inputs(self) -> Path:
-        return self.state / "inputs"
+        return self.state / INPUTS
 
     def endpoints(self) -> Endpoints:
         names = ("submit", "plans", "decisions", "chunks", "events", "control")

@@ -59,6 +59,12 @@ class Frontend(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folder: str
 
 
+class Resolve(Protocol):
+    """Finds the directory of a model on this host, as `runtime.hub` does."""
+
+    def __call__(self, text: str | None, *, code: bool) -> Path: ...
+
+
 Launch = Callable[[Path], tuple[str, Sequence[str]]]  # a private folder -> where ranks join, and the command's argv
 
 
@@ -78,7 +84,7 @@ def open_store() -> Store:
     return store
 
 
-def serve(args: WorkerArgs, place: TorchrunRank, resolve: Callable[[str | None], Path]) -> NoReturn:
+def serve(args: WorkerArgs, place: TorchrunRank, resolve: Resolve) -> NoReturn:
     """Works as this rank for the server at `args.endpoint` until told to leave. Raises SafelightError before that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -92,7 +98,7 @@ def serve_command(
     launch: Launch,
     args: Callable[[str], WorkerArgs],
     place: TorchrunRank,
-    resolve: Callable[[str | None], Path],
+    resolve: Resolve,
 ) -> NoReturn:
     """Works for the command that runs beside rank 0, and ends with its exit code. Raises SafelightError."""
     if place.rank == 0:
@@ -128,7 +134,7 @@ def serve_command(
 def _serve(
     args: WorkerArgs,
     place: TorchrunRank,
-    resolve: Callable[[str | None], Path],
+    resolve: Resolve,
     store: Store,
     ended: Callable[[Leave | None], None],
     given_up: Callable[[], None],
@@ -146,7 +152,7 @@ def _serve(
     )
     membership = Membership(args.endpoint, args.keys, join, ended)
     welcome = membership.welcome(args.join_timeout_s, given_up)
-    spec = _completed(welcome, args, join, resolve(welcome.model))
+    spec = _completed(welcome, args, join, resolve(welcome.model, code=welcome.spec.trust_remote_code))
     spec = _with_checkpoints(spec, welcome, store)
     from safelight.runtime.worker import main as worker
 

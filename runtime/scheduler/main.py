@@ -19,7 +19,7 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime import curve, transport
 from safelight.runtime import messages as m
 from safelight.runtime.errors import InvalidRequest, StartupError
-from safelight.runtime.inputs import InputStore
+from safelight.runtime.inputs import InputStore, check_ref
 from safelight.runtime.scheduler import policy
 from safelight.runtime.scheduler.core import SchedulerCore
 from safelight.runtime.scheduler.events import (
@@ -45,6 +45,7 @@ from safelight.runtime.scheduler.state import CoreConfig
 from safelight.runtime.transport import Channel, PeerUnreachable
 
 TICK_S = 1.0
+SWEEP_S = 600.0  # between looks for input pictures that no job needs any more
 log = logging.getLogger("safelight.scheduler")
 
 
@@ -72,16 +73,15 @@ def main(spec: m.SchedulerSpec, parent_fd: int | None = None) -> None:
         stack.callback(os.close, wake_write)
         journal = Journal(Path(spec.journal), lambda: _wake(wake_write))
         stack.callback(journal.close)
-        open_jobs = [history.submit for history in journal.recovered.histories if history.terminal is None]
-        _sweep_checkpoints(Path(spec.checkpoint_dir), {submit.job for submit in open_jobs})
-        if spec.input_dir:
-            InputStore(Path(spec.input_dir)).sweep(image for s in open_jobs for image in s.request.images)
+        open_jobs = {history.submit.job for history in journal.recovered.histories if history.terminal is None}
+        _sweep_checkpoints(Path(spec.checkpoint_dir), open_jobs)
+        inputs = InputStore(Path(spec.input_dir)) if spec.input_dir else None
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
         keys = curve.server_keys(Path(spec.keys)) if spec.keys else None
         if keys is not None:
             stack.enter_context(curve.Gatekeeper(context, keys.allowed))
-        loop = Loop(context, spec.endpoints, stack, journal, config, keys)
+        loop = Loop(context, spec.endpoints, stack, journal, config, keys, inputs)
         loop.run(wake_read, parent_fd)
 
 
@@ -106,6 +106,8 @@ class Profiler:
             request.num_inference_steps, request.guidance_scale, request.seed, request.num_outputs, request.sampler,
         )  # fmt: skip
         check_images(self._spec, len(request.images))
+        for image in request.images:
+            check_ref(image)
         self._family.validate(self._spec, params)
         _check_media(request)
         return self._family.profile(self._spec, params)
@@ -134,6 +136,7 @@ class Loop:
         journal: Journal,
         config: CoreConfig,
         keys: curve.CurveKeys | None = None,
+        inputs: InputStore | None = None,
     ) -> None:
         self._clock_offset = time.time() - time.monotonic()
         self._submit: Channel[m.ToScheduler] = stack.enter_context(
@@ -148,7 +151,8 @@ class Loop:
         self._control: Channel[m.ToControlled] = stack.enter_context(
             transport.connect_dealer(context, endpoints.control, m.ToControlled, transport.SCHEDULER_IDENTITY)
         )
-        self._journal = journal
+        self._journal, self._inputs = journal, inputs
+        self._next_sweep = 0.0
         self._instance = secrets.token_hex(8)
         self._refused = 0
         self._warned_of_checkpoints = False
@@ -182,6 +186,7 @@ class Loop:
                 next_tick = time.monotonic() + TICK_S
                 self._beat()
                 self._feed(Tick())
+                self._sweep_inputs()
 
     def _receive(self) -> bool:
         """Everything that waits on the links; True at Shutdown."""
@@ -225,6 +230,12 @@ class Loop:
         if refused > self._refused:
             log.warning("%d malformed messages dropped", refused - self._refused)
             self._refused = refused
+
+    def _sweep_inputs(self) -> None:
+        """Deletes pictures of jobs that have ended."""
+        if self._inputs is not None and time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + SWEEP_S
+            self._inputs.sweep(image for job in self._core.state.jobs.values() for image in job.request.images)
 
     def _feed(self, event: CoreEvent) -> None:
         """Handles an event and the failures of the sends that follow from it."""

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from running_server import Running, Start, request
+from served import serve
 
+import safelight
 from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.inputs import check_picture
 from safelight.runtime.messages import Event, GenerationRequest, MediaFormat, MediaSpec, Stage, Status
@@ -108,3 +110,29 @@ def test_a_picture_becomes_another_and_wrong_ones_are_refused(start: Start, tmp_
     assert not np.array_equal(frames[0], frames[2])
     with pytest.raises(InvalidRequest, match="pictures"):
         running.client.submit(job_of())
+
+
+def test_serve_answers_for_a_pipeline_of_diffusers(sd3: Path) -> None:
+    with serve("--model-path", str(sd3)) as served, served.http() as http:
+        served.said(r"backend: diffusers \(no native family runs StableDiffusion3Pipeline")
+        body = {"prompt": "a dog", "size": "32x32", "num_inference_steps": 3, "seed": 1}
+        first, again = (http.post("/v1/images/generations", json=body) for _ in range(2))
+        assert first.status_code == 200, first.text
+        assert first.json()["data"][0]["b64_json"] == again.json()["data"][0]["b64_json"]
+        assert http.get("/models").json()["pipeline_class"] == "StableDiffusion3Pipeline"
+        wrong = http.post("/v1/images/generations", json={**body, "size": "33x32"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "size")
+
+
+def test_python_clients_bring_a_picture_and_http_is_told_that_it_cannot(tmp_path: Path) -> None:
+    model = diffusers_checkpoints.write("stable_diffusion_img2img", tmp_path / "model")
+    image = str(Path(__file__).parents[2] / "docs" / "images" / "builtin_images.png")
+    with serve("--model-path", str(model), "--state-dir", str(tmp_path / "state")) as served:
+        with served.http() as http:
+            reply = http.post("/v1/images/generations", json={"prompt": "a dog"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "image")
+        with safelight.Client(tmp_path / "state") as client:
+            made = client.generate("a dog", image_path=image, width=32, height=32, num_inference_steps=4, seed=1)
+            assert made.images()[0].size == (32, 32)
+            with pytest.raises(InvalidRequest, match="pictures"):
+                client.submit("a dog")

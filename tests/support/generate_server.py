@@ -154,7 +154,7 @@ def runner(model: str, out: Path) -> Callable[..., int]:
     """Runs `generate` with fields of its configs as keywords."""
 
     def call(prompt: str = "a dog", **options: Any) -> int:
-        names = ("max_queue", "model_path", "state_dir", "drain_grace_s")
+        names = ("max_queue", "model_path", "state_dir", "drain_grace_s", "backend")
         server_options = {name: options.pop(name) for name in names if name in options}
         seed = options.pop("seed", 7)
         files = GenerateArgs(**{"output_path": str(out), **options})

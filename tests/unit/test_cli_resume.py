@@ -13,13 +13,27 @@ from typing import Any
 import pytest
 from generate_server import FakeServer, fake_server, runner, write_model
 
+from safelight.configs.backend import backend_settings
+from safelight.configs.families import identify
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
-from safelight.entrypoints.jobs import read_jobs
+from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints.jobs import Job, read_jobs
+from safelight.entrypoints.kept_run import KeptRun
 from safelight.entrypoints.saving import save_again
 from safelight.runtime.errors import ConfigError, JobFailed, StartupError, TooLarge, WorkerLost
 from safelight.runtime.hub import fingerprint
-from safelight.runtime.messages import Artifact, ErrorInfo, Event, GenerationRequest, Status
+from safelight.runtime.inputs import Picture
+from safelight.runtime.messages import (
+    Artifact,
+    ErrorInfo,
+    Event,
+    GenerationRequest,
+    InputImage,
+    MediaFormat,
+    MediaSpec,
+    Status,
+)
 
 Run = Callable[..., int]
 
@@ -161,6 +175,8 @@ def test_a_run_of_other_flags_is_refused(
         run(**flags, resume=True, seed=8)
     with pytest.raises(ConfigError, match="output_format 'png' in job 1, this command 'webp'"):
         run(**flags, resume=True, output_format="webp")
+    with pytest.raises(ConfigError, match="backend safelight, this command diffusers"):
+        run(**flags, resume=True, backend="diffusers")
     (tmp_path / "p.txt").write_text("a dog\na bird\na cow\n")
     with pytest.raises(ConfigError, match="prompt 'a cat' in job 2, this command 'a bird'"):
         run(**flags, resume=True)
@@ -172,6 +188,34 @@ def test_a_run_of_other_flags_is_refused(
     with pytest.raises(ConfigError, match="has model "):
         run(**flags, resume=True)
     assert server.log == []
+
+
+def test_a_picture_may_move_but_not_change(tmp_path: Path) -> None:
+    def job_of(name: str, content: str) -> Job:
+        picture = Picture(InputImage(content * 64, 8, 8), b"")
+        params = SamplingParams(prompt="a", seed=1, image_path=name)
+        return Job(1, 1, params, MediaSpec(MediaFormat.PNG), 192, (picture,))
+
+    first = KeptRun(tmp_path, resume=False)
+    first.match({}, [job_of("here.png", "a")])
+    first.begin()
+    KeptRun(tmp_path, resume=True).match({}, [job_of("there.png", "a")])
+    with pytest.raises(ConfigError, match="image_path"):
+        KeptRun(tmp_path, resume=True).match({}, [job_of("here.png", "b")])
+
+
+def test_what_changes_the_pictures_of_diffusers_is_kept(tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    root.mkdir()
+    (root / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    spec = identify(root)
+    plain = backend_settings(ServerArgs(), spec)
+    assert plain["backend"] == "diffusers"
+    changes: list[dict[str, Any]] = [
+        {"vae_tiling": True}, {"vae_slicing": True}, {"diffusers_attention_backend": "native"},
+        {"diffusers_kwargs": {"clip_skip": 1}},
+    ]  # fmt: skip
+    assert all(backend_settings(ServerArgs(**change), spec) != plain for change in changes)
 
 
 def test_a_failed_job_stays_failed_and_a_lost_server_is_no_failure_of_the_job(
@@ -308,5 +352,7 @@ def test_a_fingerprint_tells_models_apart_wherever_they_are(tmp_path: Path) -> N
     size = 3 << 20
     first = fingerprint(folder("a", bytes(size)))
     assert fingerprint(folder("b", bytes(size))) == first
+    (tmp_path / "b" / "pipeline.py").write_text("")
+    assert fingerprint(tmp_path / "b") != first
     others = [bytes(size - 1), b"\1" + bytes(size - 1), bytes(size - 1) + b"\1"]
     assert len({first, *(fingerprint(folder(str(i), other)) for i, other in enumerate(others))}) == 4

@@ -485,9 +485,10 @@ def test_an_attention_backend_is_set_for_the_pipeline_and_not_for_the_process(
 ) -> None:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    before = _AttentionBackendRegistry.get_active_backend()
+    registry: Any = _AttentionBackendRegistry  # untyped
+    before = registry.get_active_backend()
     loaded: Any = load_pipeline(checkpoint("ltx"), options(diffusers_attention_backend="_native_math"))
-    assert _AttentionBackendRegistry.get_active_backend() == before
+    assert registry.get_active_backend() == before
     processors = [m.processor for m in loaded.pipe.transformer.modules() if hasattr(m, "processor")]
     assert {p._attention_backend for p in processors} == {"_native_math"}
     frames = Rig(loaded, tmp_path).alone("a", request_for(loaded))

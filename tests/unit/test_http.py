@@ -45,6 +45,59 @@ def error_of(reply: httpx2.Response) -> dict[str, Any]:
     return found
 
 
+# ---- models of diffusers
+
+OWN_PIPELINE = """
+class Own:
+    def __call__(self, prompt, generator=None, callback_on_step_end=None): ...
+"""
+
+
+def diffusers_model(root: Path, kind: Any, *, trusted: bool = False) -> m.ServedModel:
+    """All that a frontend reads of a checkpoint."""
+    root.mkdir()
+    (root / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    return m.ServedModel("org/it", str(root), 1, "fp32", "fp32", "diffusers", trusted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "param"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "/v1/images/generations", "image"),
+        ("StableVideoDiffusionPipeline", "/v1/videos", "input_reference"),
+    ],
+)
+def test_a_model_that_starts_from_a_picture_is_not_for_http_yet(
+    serve: Serve, tmp_path: Path, kind: str, path: str, param: str
+) -> None:
+    backend, http = serve(model=diffusers_model(tmp_path / "m", kind))
+    reply = http.post(path, json={"prompt": "a"})
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == param
+    assert "image-path" in error_of(reply)["message"]
+    assert not backend.executions
+
+
+def test_the_class_of_a_native_model_is_told(serve: Serve) -> None:
+    assert serve()[1].get("/models").json()["pipeline_class"] == "WanPipeline"
+
+
+@pytest.mark.parametrize("kind", ["PixArtSigmaPipeline", ["pipeline", "Own"]])
+def test_the_class_of_any_pipeline_is_told(serve: Serve, tmp_path: Path, kind: Any) -> None:
+    model = diffusers_model(tmp_path / "m", kind, trusted=True)
+    (tmp_path / "m" / "pipeline.py").write_text(OWN_PIPELINE)
+    found, name = serve(model=model)[1].get("/models").json(), kind if isinstance(kind, str) else kind[1]
+    assert (found["pipeline_class"], found["pipeline_name"], found["task_type"]) == (name, name, "T2I")
+
+
+def test_prompts_of_diffusers_go_as_they_are(serve: Serve, tmp_path: Path) -> None:
+    backend, http = serve(model=diffusers_model(tmp_path / "m", "PixArtSigmaPipeline"))
+    reply = http.post("/v1/images/generations", json=picture(prompt="  a  &amp; b ", size="64x64"))
+    assert reply.status_code == 200, reply.text
+    request = backend.jobs[backend.executions[0]].submit.request
+    assert (request.prompt, request.token_ids, request.sampler) == ("  a  &amp; b ", {}, "default")
+
+
 # ---- images
 
 

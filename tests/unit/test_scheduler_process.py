@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -195,6 +196,20 @@ def test_a_checkpoint_that_is_not_here_is_not_journalled_and_warned_of_once(peer
     journal.close()
     assert history.checkpoint is not None
     assert history.checkpoint.ref.path == str(here)
+
+
+def test_input_pictures_that_no_open_job_has_are_deleted(peers: Peers, tmp_path: Path) -> None:
+    peers.stop()
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    old, fresh = inputs / f"{'a' * 64}.png", inputs / f"{'b' * 64}.png"
+    fresh.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    peers.spec = msgspec.structs.replace(peers.spec, input_dir=str(inputs))
+    peers.process = peers.start()
+    peers.until(lambda: not old.exists())
+    assert fresh.exists()
 
 
 def test_it_ends_at_shutdown_and_when_its_parent_is_gone(peers: Peers) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.http_args import HttpArgs
-from safelight.entrypoints.serve import api_keys, frame_bytes, listen
+from safelight.configs.server_args import ServerArgs
+from safelight.entrypoints.serve import api_keys, frame_bytes, listen, run
 from safelight.runtime import hub
 from safelight.runtime.errors import ConfigError, StartupError
 
@@ -29,6 +30,12 @@ def test_without_keys_only_this_host_is_served() -> None:
         api_keys(HttpArgs(host="192.0.2.1"), {})
     assert caught.value.param == "host"
     assert api_keys(HttpArgs(host="192.0.2.1"), {"SAFELIGHT_API_KEY": "k"}) == (("local", "k"),)
+
+
+def test_code_of_a_checkpoint_is_refused_where_other_hosts_can_ask() -> None:
+    with pytest.raises(ConfigError, match=r"--trust-remote-code with --host 0\.0\.0\.0") as caught:
+        run(HttpArgs(host="0.0.0.0", port=0), ServerArgs(trust_remote_code=True))
+    assert caught.value.param == "trust_remote_code"
 
 
 def test_a_taken_port_and_a_host_of_elsewhere_are_refused() -> None:

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from transformers.utils import logging as transformers_logging
 
 from safelight.configs.families import ModelSpec
