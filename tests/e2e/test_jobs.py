@@ -43,6 +43,7 @@ def test_outputs_of_one_job_equal_jobs_with_consecutive_seeds_whatever_runs_besi
 
 def test_bad_requests_are_refused_before_any_work(start: Start) -> None:
     running = start(slot_bytes=64 << 20)
+    running.terminals([running.client.submit(request())])  # the scheduler knows now what the group can hold
     with pytest.raises(InvalidRequest, match=r"33.*32.*48") as bad_height:
         running.client.submit(request(height=33))
     assert bad_height.value.param == "height"

@@ -160,7 +160,7 @@ def test_several_nodes_run_torchrun_on_each(job: Job) -> None:
     assert job.run("generate", "--prompt", "x", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="8") == 0
     command = next(call for call in job.calls if call.startswith("torchrun"))
     assert command.startswith(
-        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-id 42 --rdzv-backend c10d"
+        "torchrun --local-addr 10.0.0.7 --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-id 42 --rdzv-backend c10d"
     )
     assert " --rdzv-endpoint 10.0.0.7:20042 -m safelight.entrypoints.worker generate --state-dir " in command
     state = f"{job.folder}/safelight-state/42"
