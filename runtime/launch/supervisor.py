@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -21,10 +19,11 @@ from safelight.runtime import slots, transport
 from safelight.runtime.errors import ConfigError, ModelError, StartupError, UnsupportedModel, from_code
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch import specs
+from safelight.runtime.launch.children import MAX_FAILED_STARTS, Children
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import RunFolder, create_run_folder
 from safelight.runtime.launch.joining import JoinDesk, JoinedRank
-from safelight.runtime.launch.processes import Child, Group, Rank, RankStarter, process_state, start_child
+from safelight.runtime.launch.processes import Group, Rank, RankStarter
 from safelight.runtime.messages import (
     ControlHeartbeat,
     Drain,
@@ -37,22 +36,17 @@ from safelight.runtime.messages import (
     GroupGivenUp,
     GroupStarting,
     KillGroup,
+    OutputSpec,
     PhaseReport,
     RankExited,
     RankSilent,
     Ready,
-    Shutdown,
+    SchedulerSpec,
     SlotPool,
     ToControlled,
 )
 
-SILENCE_S = 5.0  # of a child, when the kernel says that the process is stopped
-HANG_S = 30.0  # of a child, whatever the kernel says
-MAX_FAILED_STARTS = 3  # of a group or child in a row that never came up, before it is given up
-MAX_DEATHS = 20  # of a child within DEATHS_S: it dies of something that starting again does not mend
-DEATHS_S = 60.0
 DRAIN_SAVING_S = 120.0  # after the grace detached jobs are saved, which takes as long as the steps under way
-FRONTEND_STOP_S = 3.0  # for answers that are being sent
 _FINAL_ERRORS = (ConfigError.code, ModelError.code, UnsupportedModel.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
@@ -81,11 +75,9 @@ class Supervisor:
         pipeline = FAMILIES[spec.family].pipeline
         self._starter = RankStarter(["safelight.runtime.worker.main", pipeline.partition(":")[0]])
         self._groups = [Group(number) for number in range(args.replicas)]
-        self._children: dict[str, Child] = {}
+        self._children: Children | None = None
         self._frontend = frontend
         self._roles = ("scheduler", "output", "frontend") if frontend else ("scheduler", "output")
-        self._child_starts: dict[str, list[float]] = {role: [] for role in self._roles}
-        self._failed_starts = dict.fromkeys(self._roles, 0)
         self._run_folder: RunFolder | None = None
         self._pool: SlotPool | None = None
         self._context: zmq.Context[Any] = zmq.Context()
@@ -113,8 +105,8 @@ class Supervisor:
             self._control = transport.bind_router(self._context, self.endpoints.control, FromControlled)
             if joining is not None:
                 self._desk = JoinDesk(self._context, joining, self._args.keys, self._args.num_gpus, self._device)
-            for role in self._roles:
-                self._start_child(role)
+            self._children = Children(self._roles, self._child_spec, self._control)
+            self._children.start()
             for group in self._groups:
                 self._start_group(group)
         except BaseException:
@@ -179,7 +171,7 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """Ids of our processes by role ("scheduler", "output", "worker 0.0", ...), for people and for tests."""
         with self._changed:
-            found = {role: child.process.pid for role, child in self._children.items()}
+            found = self._children.pids() if self._children else {}
             for group in self._groups:
                 ours = (rank for rank in group.ranks if isinstance(rank, Rank))
                 found |= {f"worker {group.number}.{i}": rank.pid for i, rank in enumerate(ours)}
@@ -207,6 +199,8 @@ class Supervisor:
         """Ends all processes and removes the run's folders. Idempotent."""
         if self._thread is not None:
             self._stopping = True
+            if self._children:
+                self._children.closing = True
             os.eventfd_write(self._wake, 1)
             self._thread.join()
             self._thread = None
@@ -236,9 +230,9 @@ class Supervisor:
         ready = self._poll()
         with self._changed:
             now = time.monotonic()
-            for child in list(self._children.values()):
-                if child.fd in ready:
-                    self._child_ended(child)
+            assert self._children is not None
+            if reason := self._children.watch(ready):
+                self._fail(reason)
             if self._desk:
                 self._watch_desk(self._desk)
             for group in self._groups:
@@ -246,9 +240,10 @@ class Supervisor:
             assert self._control is not None
             for received in self._control.receive_all():
                 self._handle(received.identity, received.message, now)
-            self._watch_silence(now)
+            if reason := self._children.watch_silence(now):
+                self._fail(reason)
             if self._drain_until is not None and not self._drain_told:
-                self._drain_told = self._tell("scheduler", Drain(max(0.0, self._drain_until - now)))
+                self._drain_told = self._tell(Drain(max(0.0, self._drain_until - now)))
             self._changed.notify_all()
 
     def _poll(self) -> set[int]:
@@ -257,7 +252,7 @@ class Supervisor:
         poller.register(self._control.socket, zmq.POLLIN)
         if self._desk:
             poller.register(self._desk.socket, zmq.POLLIN)
-        descriptors = [self._wake, *(child.fd for child in self._children.values())]
+        descriptors = [self._wake, *(self._children.descriptors() if self._children else ())]
         for group in self._groups:
             for rank in group.ranks:
                 descriptors += rank.descriptors()
@@ -270,16 +265,9 @@ class Supervisor:
 
     def _handle(self, identity: bytes, message: FromControlled, now: float) -> None:
         match message:
-            case ControlHeartbeat(role, instance, _pid):
-                child = self._children.get(role)
-                if child is None:
-                    return
-                child.last_seen, child.identity = now, identity
-                if child.instance != instance:
-                    child.instance = instance
-                    log.info("%s is up", role)
-                    if role == "scheduler":
-                        self._introduce_groups()
+            case ControlHeartbeat(role=role):
+                if self._children and self._children.heard(identity, message, now) and role == "scheduler":
+                    self._introduce_groups()
             case RankSilent(number, rank, epoch, seconds):
                 group = self._group(number, epoch)
                 if group and 0 <= rank < len(group.ranks):
@@ -297,71 +285,35 @@ class Supervisor:
         group = self._groups[number] if 0 <= number < len(self._groups) else None
         return group if group and group.epoch == epoch and group.ranks else None
 
-    def _tell(self, role: str, message: ToControlled) -> bool:
-        """Whether it was sent; what a new scheduler must know is told at its first heartbeat."""
-        child = self._children.get(role)
-        if child is None or not child.identity or self._control is None:
-            return False
-        try:
-            self._control.send(message, child.identity)
-        except transport.PeerUnreachable as error:
-            log.warning("%s: %s", role, error)
-            return False
-        return True
+    def _tell(self, message: ToControlled) -> bool:
+        """To the scheduler, whether it was sent; what a new one must know is told at its first heartbeat."""
+        return self._children is not None and self._children.tell("scheduler", message)
 
     def _introduce_groups(self) -> None:
         """What a new scheduler must know: the newest epoch of each group, and that earlier ones are dead."""
         for group in self._groups:
             if group.epoch > 0:
-                self._tell("scheduler", RankExited(group.number, group.epoch - 1, "before this scheduler"))
+                self._tell(RankExited(group.number, group.epoch - 1, "before this scheduler"))
             self._announce(group)
         self._drain_told = False
 
     def _announce(self, group: Group) -> None:
         if group.given_up:
-            self._tell("scheduler", GroupGivenUp(group.number, group.given_up))
+            self._tell(GroupGivenUp(group.number, group.given_up))
         else:
-            self._tell("scheduler", GroupStarting(group.number, group.epoch, self._world_size))
-
-    def _watch_silence(self, now: float) -> None:
-        for child in list(self._children.values()):
-            silent = now - child.last_seen
-            stopped = silent > SILENCE_S and process_state(child.process.pid) in "TtZX"
-            if stopped or silent > HANG_S:
-                log.error("%s silent for %.0f s: killing it", child.role, silent)
-                child.kill()
-                self._child_ended(child)
+            self._tell(GroupStarting(group.number, group.epoch, self._world_size))
 
     # ---- children
 
-    def _start_child(self, role: str) -> None:
+    def _child_spec(self, role: str) -> SchedulerSpec | OutputSpec | FrontendSpec:
         assert self._run_folder is not None
         assert self._pool is not None
-        now = time.monotonic()
-        self._child_starts[role] = [t for t in self._child_starts[role] if now - t < DEATHS_S] + [now]
         if role == "scheduler":
-            spec = specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root, self._world_size)
-            self._children[role] = start_child(role, spec, now)
-        elif role == "frontend":
+            return specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root, self._world_size)
+        if role == "frontend":
             assert self._frontend is not None
-            self._children[role] = start_child(role, self._frontend(self.endpoints), now)
-        else:
-            self._children[role] = start_child(role, specs.output_spec(self._args, self._run_folder, self._pool), now)
-
-    def _child_ended(self, child: Child) -> None:
-        code = child.process.wait()
-        error = child.ended_with()
-        child.close()
-        del self._children[child.role]
-        if self._stopping:
-            return
-        log.error("%s ended with %d: starting it again", child.role, code)
-        failed = self._failed_starts[child.role] = 0 if child.instance else self._failed_starts[child.role] + 1
-        if (error and failed) or failed >= MAX_FAILED_STARTS or len(self._child_starts[child.role]) > MAX_DEATHS:
-            reason = error.message if error else f"it ended with exit code {code} again and again"
-            self._fail(f"the {child.role} cannot run: {reason}")
-            return
-        self._start_child(child.role)
+            return self._frontend(self.endpoints)
+        return specs.output_spec(self._args, self._run_folder, self._pool)
 
     # ---- groups
 
@@ -427,7 +379,7 @@ class Supervisor:
         was_ready = group.ready
         log.error("group %d epoch %d ends: %s", group.number, group.epoch, reason)
         group.kill()
-        self._tell("scheduler", RankExited(group.number, group.epoch, reason))
+        self._tell(RankExited(group.number, group.epoch, reason))
         group.failed_starts = 0 if was_ready else group.failed_starts + 1
         final = group.error is not None and group.error.code in _FINAL_ERRORS and not was_ready
         if self._desk:
@@ -453,17 +405,10 @@ class Supervisor:
             error.__cause__ = from_code(info.code, info.message, info.param)
         self.failure = error
 
-    def _stop_frontend(self) -> None:
-        """First of all, so that its last answers still find the others."""
-        child = self._children.get("frontend")
-        if child and self._tell("frontend", Shutdown("the server stops")):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(FRONTEND_STOP_S)
-
     def _teardown(self) -> None:
-        self._stop_frontend()
-        for role in ("scheduler", "output"):
-            self._tell(role, Shutdown("the server stops"))
+        if self._children:
+            self._children.stop_frontend()
+            self._children.say_shutdown()
         if self._desk:
             self._desk.dismiss()
             self._desk = None
@@ -471,13 +416,9 @@ class Supervisor:
                 group.ranks = []
         for group in self._groups:
             group.kill()
-        for child in self._children.values():
-            try:
-                child.process.wait(2 if child.identity else 0)
-            except subprocess.TimeoutExpired:
-                child.kill()
-            child.close()
-        self._children.clear()
+        if self._children:
+            self._children.end()
+            self._children = None
         if self._control:
             self._control.close()
             self._control = None
