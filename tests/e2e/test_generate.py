@@ -150,7 +150,6 @@ def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
 ) -> None:
     out = tmp_path / "out"
     flags = ["--model-path", str(tiny_model), "--output-path", str(out), "--height", "96", "--width", "96"]
-    slots_before = {p.name for p in Path("/dev/shm").glob("safelight-*")}
     run = subprocess.Popen(
         command(
             "--prompt",
@@ -176,6 +175,8 @@ def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
             break
     family = descendants(run.pid)
     assert len(family) >= 3
+    slots = [Path("/dev/shm") / f"{folder.name}-slots" for folder in private_tmp.glob("safelight-*")]
+    assert [folder.is_dir() for folder in slots] == [True]
     os.killpg(run.pid, number)  # as a terminal does: to the whole foreground group
     _out, err = run.communicate(timeout=30)
     assert run.returncode == 128 + number, err
@@ -184,7 +185,7 @@ def test_an_interrupt_leaves_no_process_no_file_and_no_slot(
     assert not wait_gone(family)
     assert not out.exists() or not list(out.iterdir())
     assert not list(private_tmp.glob("safelight-*"))
-    assert {p.name for p in Path("/dev/shm").glob("safelight-*")} <= slots_before
+    assert not slots[0].exists()
 
 
 def test_a_terminated_generate_finishes_what_runs_within_its_grace(tiny_model: Path, tmp_path: Path) -> None:
