@@ -44,13 +44,13 @@ class ModelSpec:
     transformer: Mapping[str, Any] = field(default_factory=dict)  # transformer/config.json
     vae: Mapping[str, Any] = field(default_factory=dict)
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
-    text_encoder_2: Mapping[str, Any] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=dict)  # scheduler/scheduler_config.json
     call: CallSignature | None = None  # backend diffusers: what the pipeline takes
     weights: Mapping[str, int] = field(default_factory=dict)  # backend diffusers: bytes by component
     images: tuple[int, int] = (0, 0)  # how many pictures a request has to bring, and may
     image_grid: int = 0  # pictures come out as large as the one that came in, in multiples of this; 0: as asked
     reason: str = ""  # why this family was taken
+    text_encoder_2: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
