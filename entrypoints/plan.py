@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safelight.configs.encoder_parallel import EncoderShares, choose_encoder_shares, explain_encoder
 from safelight.configs.families import FAMILIES, ModelSpec, identify
@@ -28,7 +29,8 @@ def find_model(name: str) -> ModelSpec:
     variants = [(family.name, v) for family in FAMILIES.values() for v in family.variants if v.configs]
     for family, v in variants:
         if name in (v.name, v.hub_id):
-            return ModelSpec(family, v.name, Path(v.hub_id), v.task, v.defaults, **v.configs)
+            configs: Any = v.configs
+            return ModelSpec(family, v.name, Path(v.hub_id), v.task, v.defaults, **configs)
     known = ["builtin", *(v.name for _, v in variants)]
     raise ConfigError(f"--plan: no directory and no known model {name!r}{did_you_mean(name, known)}", param="plan")
 

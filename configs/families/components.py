@@ -14,7 +14,8 @@ from safelight.runtime.errors import ModelError
 def read_component(
     root: Path, folder: str, fields: Mapping[str, Any], lists: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """`folder`/config.json with every one of `fields` a positive integer, or a list of `lists[field]` of them.
+    """`folder`/config.json with every one of `fields` a positive integer, or a list of `lists[field]` of them (0: of
+    any number).
 
     fields: the value of one that may be absent (what its class takes then), or None for one that must be there.
     Raises ModelError naming file and field.
@@ -24,8 +25,9 @@ def read_component(
     for name, default in fields.items():
         value = values.setdefault(name, default)
         numbers = [value] if name not in lists else value if isinstance(value, list) else []
-        if len(numbers) != lists.get(name, 1) or any(type(number) is not int or number < 1 for number in numbers):
-            kind = f"a list of {lists[name]} positive integers" if name in lists else "a positive integer"
+        count = lists.get(name, 1) or max(1, len(numbers))
+        if len(numbers) != count or any(type(number) is not int or number < 1 for number in numbers):
+            kind = f"a list of {lists[name] or 'some'} positive integers" if name in lists else "a positive integer"
             raise ModelError(f"{path}: {name} must be {kind}, got {value!r}", param="model_path")
     return values
 
