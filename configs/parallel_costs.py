@@ -2,7 +2,8 @@
 
 Compute: the profile's TFLOP at a measured rate, of the rank with the most tokens and heads. Communication: the bytes
 of `traffic` over the slowest link in each group. Ulysses' all-to-alls and the gathering at the end wait; a ring's
-chunks travel while attention computes, and cost what does not fit behind it.
+chunks travel while attention computes, and cost what does not fit behind it, and passes over memory that pack the
+chunks and merge the partial results. Against the clock: docs/benchmarks/parallel.md.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class Machine:
     network: float  # between hosts
     gpus_per_host: int = 8
     latency_s: float = 30e-6  # of one collective
+    ring_s: float = 16e-12  # of a ring's passes, per value of a rank's queries and attention: packing, rounding
+    ring_merge_s: float = 6.4e-12  # the same, per value and merged chunk
 
 
-# 560 TFLOP/s: docs/benchmarks/denoise.md (Wan 2.1 1.3B, 283.0 TFLOP in 505 ms). The links are assumed, not measured:
-# 60 % of NVLink 4's 450 GB/s, and of one 400 Gbit/s adapter a GPU.
-H200 = Machine("H200", tflops=560.0, link=270e9, network=30e9)
+# 560 TFLOP/s: docs/benchmarks/denoise.md (Wan 2.1 1.3B, 283.0 TFLOP in 505 ms); a 14B model reaches 600. Link, latency and
+# ring: docs/benchmarks/parallel.md, two H200 by NVLink. The network is assumed: 60 % of one 400 Gbit/s adapter a GPU.
+H200 = Machine("H200", tflops=560.0, link=280e9, network=30e9, latency_s=57e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ def predict(shape: StepShape, step_tflop: float, degrees: Degrees, machine: Mach
     if degrees.ring > 1:
         behind = attention_s * (degrees.ring - 1) / degrees.ring
         exposed += max(0.0, most.ring / wide - behind) + machine.latency_s * shape.layers * (degrees.ring - 1)
+        values = branches * shape.layers * shape.tokens * chunk * width * heads
+        other_s += values * (machine.ring_s + machine.ring_merge_s * (degrees.ring - 1))
     return Prediction(attention_s + other_s + exposed, exposed, most.total)
 
 

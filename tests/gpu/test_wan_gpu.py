@@ -167,6 +167,7 @@ def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
     assert torch.equal(out, model(*fresh))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # from within torch
 def test_compiled_blocks_equal_eager_ones() -> None:
     sample = inputs(frames=2)
     eager = build(torch.float32, reference_kernels())(*sample)

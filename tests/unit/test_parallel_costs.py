@@ -25,6 +25,12 @@ def test_one_gpu_takes_what_was_measured() -> None:
     assert predict(WAN_1_3B, TFLOP, Degrees(), H200).seconds == pytest.approx(1.0077, rel=0.01)
 
 
+@pytest.mark.parametrize(("degrees", "measured_ms"), [((2, 1, 1), 499.1), ((1, 1, 2), 529.6), ((1, 2, 1), 546.8)])
+def test_two_gpus_take_what_was_measured(degrees: tuple[int, int, int], measured_ms: float) -> None:
+    """docs/benchmarks/parallel.md: Wan 1.3B at 480p on two H200."""
+    assert predict(WAN_1_3B, TFLOP, Degrees(*degrees), H200).seconds == pytest.approx(measured_ms / 1e3, rel=0.02)
+
+
 @pytest.mark.parametrize("world", [2, 4, 8, 16, 64])
 def test_more_gpus_are_faster_and_less_efficient(world: int) -> None:
     one = predict(WAN_1_3B, TFLOP, Degrees(), H200)
