@@ -19,6 +19,8 @@ layer_norm(x, weight, bias, eps)        x: (B, S, E), weight, bias: (E,) float32
 layer_norm_modulate(x, scale, shift, eps)  layer norm without weights, then * (1 + scale) + shift with scale, shift:
                                         (B, N, E) float32, N = 1 or S, dense last dim (adaLN, arXiv 2212.09748).
 gated_residual(x, y, gate)              x + y * gate; x, y: (B, S, E), gate: (B, N, E) float32 as above.
+gelu_beside(x, hidden)                  x: (B, S, E), hidden: (B, S, F) -> (B, S, E + F): x, and beside it the GELU of
+                                        hidden (tanh approximation, arXiv 1606.08415).
 
 Rows of x may be strided (a slice of a fused projection) as long as the last dim is dense. Results are contiguous,
 except attention's, whose strides are the backend's. Triton agrees with the reference to 1 ulp of the output dtype
@@ -52,6 +54,7 @@ class KernelSet:
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gelu_beside: Callable[[Tensor, Tensor], Tensor]
 
 
 def reference_kernels() -> KernelSet:
@@ -66,6 +69,7 @@ def reference_kernels() -> KernelSet:
         reference.layer_norm,
         reference.layer_norm_modulate,
         reference.gated_residual,
+        reference.gelu_beside,
     )
 
 
@@ -83,6 +87,7 @@ def triton_kernels() -> KernelSet:
         rows.layer_norm,
         rows.layer_norm_modulate,
         rows.gated_residual,
+        rows.gelu_beside,
     )
 
 

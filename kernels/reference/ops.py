@@ -38,6 +38,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + y.float() * gate).to(x.dtype)
 
 
+def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
+    return torch.cat((x, F.gelu(hidden, approximate="tanh")), dim=-1)
+
+
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads: (B, S, H, D) float32, cos, sin: (S, D/2) -> (B, S, H D)."""
     even, odd = torch.unflatten(heads, -1, (cos.shape[-1], 2)).unbind(-1)

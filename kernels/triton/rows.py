@@ -13,6 +13,8 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from safelight.kernels.reference import ops as reference
 
+_COLUMNS = 2048  # of a program where a row has no statistics
+
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _layer_norm(x, scale, shift, out, tokens, width, x_row, by_batch, by_token, eps,  # type: ignore[no-untyped-def]
@@ -79,6 +81,20 @@ def _gated_residual(x, y, gate, out, tokens, width, x_row, y_row, by_batch, by_t
     tl.store(out + row * width + columns, (base + added * factor).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _gelu_beside(x, hidden, out, width, total, x_row, hidden_row,  # type: ignore[no-untyped-def]
+                 BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, inside = columns < width, columns < total
+    kept = tl.load(x + row * x_row + columns, mask=first, other=0.0)
+    values = tl.load(hidden + row * hidden_row + columns - width, mask=inside & (columns >= width), other=0.0)
+    wide = values.to(tl.float32)
+    inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)  # 2 sqrt(2 / pi): (1 + tanh(u)) / 2 = s(2u)
+    activated = (wide * tl.sigmoid(inner)).to(out.dtype.element_ty)
+    tl.store(out + row * total + columns, tl.where(first, kept, activated), mask=inside)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = _rows(x)
     return _launch_rms(x, weight, weight, weight, eps, rotate=False)
@@ -127,6 +143,17 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     gate = gate if gate.stride(-1) == 1 else gate.contiguous()
     _gated_residual[(batch * tokens,)](
         x, y, gate, out, tokens, width, x.stride(1), y.stride(1), *_modulation_strides(gate), BLOCK=_block(width)
+    )
+    return out
+
+
+def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
+    x, hidden = _rows(x), _rows(hidden)
+    batch, tokens, width = x.shape
+    total = width + hidden.shape[2]
+    out = torch.empty((batch, tokens, total), dtype=x.dtype, device=x.device)
+    _gelu_beside[(batch * tokens, -(-total // _COLUMNS))](
+        x, hidden, out, width, total, x.stride(1), hidden.stride(1), BLOCK=_COLUMNS
     )
     return out
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from safelight.configs.families import identify
+from safelight.runtime.layers.rope import joint_rotary
 from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
 from safelight.runtime.models.flux import transformer as flux
 from safelight.runtime.models.flux.pipeline import FluxPipeline, load
@@ -98,9 +99,6 @@ def on_mesh(pipeline: FluxPipeline, mesh: ParallelMesh) -> FluxPipeline:
 def shifted(text: Any, image: Any, share: JointShare) -> Any:
     """Rotary tables as if every rank's share began at the first token."""
     return joint_rotary(text, image, replace(share, start=0))
-
-
-joint_rotary = flux.joint_rotary
 
 
 def main(

@@ -55,6 +55,17 @@ def test_fused_norm_of_heads_equals_its_definition(
     torch.testing.assert_close(fused, plain, rtol=ULPS[dtype], atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", ULPS)
+@pytest.mark.parametrize("shape", [(1, 333, 3072, 12288), (2, 7, 48, 100), (1, 0, 16, 64)])
+def test_fused_gelu_equals_its_definition(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch, tokens, width, inner = shape
+    both = noise(batch, tokens, width + inner, dtype=dtype) * 3
+    x, hidden = both[..., :width], both[..., width:]
+    fused, plain = (k.gelu_beside(x, hidden) for k in (triton_kernels(), reference_kernels()))
+    torch.testing.assert_close(fused, plain, rtol=ULPS[dtype], atol=2e-5)
+
+
 def build(dtype: torch.dtype, kernels: KernelSet) -> FluxTransformer:
     """A small network with the published head dim and seeded weights."""
     config = FluxConfig(4, 128, 64, 2, 2, 96, 80, guidance_embeds=True)
@@ -117,6 +128,8 @@ def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
         model(*static, out=out, rotary=rotary)
     fresh = inputs()
     for ours, theirs in zip((*static[:2], *static[2]), (*fresh[:2], *fresh[2]), strict=True):
+        assert ours is not None
+        assert theirs is not None
         ours.copy_(theirs)
     graph.replay()
     assert torch.equal(out, model(*fresh))

@@ -170,5 +170,12 @@ def test_modulation_and_gate_act_per_sample_or_per_token(per_token: bool) -> Non
     torch.testing.assert_close(KERNELS.gated_residual(x, y, gate), x + y * gate)
 
 
+def test_gelu_beside_another_result_changes_the_second_alone() -> None:
+    x, hidden = torch.randn(2, 5, 4), torch.randn(2, 5, 7)
+    made = KERNELS.gelu_beside(x, hidden)
+    assert torch.equal(made[..., :4], x)
+    torch.testing.assert_close(made[..., 4:], F.gelu(hidden, approximate="tanh"))
+
+
 def test_plain_torch_serves_the_cpu() -> None:
     assert select_kernels(torch.device("cpu")).name == "reference"

@@ -140,7 +140,7 @@ class SingleBlock(nn.Module):
             length,
             k,
         )
-        both = torch.cat((attended.flatten(2), F.gelu(hidden, approximate="tanh")), dim=-1)
+        both = k.gelu_beside(attended.flatten(2), hidden)
         return _finite(k.gated_residual(x, self.down(both, adapters_of(adapters, "down")), gate))
 
 
