@@ -29,7 +29,8 @@ class Machine:
 
 
 # 560 TFLOP/s: docs/benchmarks/denoise.md (Wan 2.1 1.3B, 283.0 TFLOP in 505 ms); a 14B model reaches 600. Link, latency
-# and ring: docs/benchmarks/parallel.md, two H200 by NVLink. The network is assumed: 60 % of one 400 Gbit/s adapter a GPU.
+# and ring: docs/benchmarks/parallel.md, two H200 by NVLink. The network is assumed: 60 % of one 400 Gbit/s adapter
+# a GPU.
 H200 = Machine("H200", tflops=560.0, link=280e9, network=30e9, latency_s=57e-6)
 
 

@@ -15,12 +15,14 @@ rms_norm_rope(x, weight, cos, sin, eps) the same, then neighbouring pairs (2i, 2
                                         angle in cos, sin: (S, D/2) float32 (Su et al., arXiv 2104.09864).
 rms_norm_rope_heads(x, weight, cos, sin, eps, out=None)  weight: (D,): the norm of every head of x by itself, over its
                                         D, then rotated as above.
-gelu(x, out=None)                       x: (B, S, E), tanh-approximated (Hendrycks and Gimpel, arXiv 1606.08415).
-linear_gelu(x, weight, bias)            gelu of x weight^T + bias; x: (..., E), weight: (F, E), bias: (F,).
+linear_gelu(x, weight, bias)            GELU (tanh approximation, arXiv 1606.08415) of x weight^T + bias; x: (..., E),
+                                        weight: (F, E), bias: (F,).
 layer_norm(x, weight, bias, eps)        x: (B, S, E), weight, bias: (E,) float32.
 layer_norm_modulate(x, scale, shift, eps)  layer norm without weights, then * (1 + scale) + shift with scale, shift:
                                         (B, N, E) float32, N = 1 or S, dense last dim (adaLN, arXiv 2212.09748).
 gated_residual(x, y, gate)              x + y * gate; x, y: (B, S, E), gate: (B, N, E) float32 as above.
+gelu_beside(x, hidden)                  x: (B, S, E), hidden: (B, S, F) -> (B, S, E + F): x, and beside it the GELU of
+                                        hidden (tanh approximation, arXiv 1606.08415).
 
 Rows of x may be strided (a slice of a fused projection) as long as the last dim is dense. Results are contiguous,
 except attention's, whose strides are the backend's, and those written to `out`, which has x's shape and dtype and a
@@ -52,11 +54,11 @@ class KernelSet:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     rms_norm_rope_heads: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-    gelu: Callable[[Tensor, Tensor | None], Tensor]
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gelu_beside: Callable[[Tensor, Tensor], Tensor]
 
 
 def reference_kernels() -> KernelSet:
@@ -68,11 +70,11 @@ def reference_kernels() -> KernelSet:
         reference.rms_norm,
         reference.rms_norm_rope,
         reference.rms_norm_rope_heads,
-        reference.gelu,
         reference.linear_gelu,
         reference.layer_norm,
         reference.layer_norm_modulate,
         reference.gated_residual,
+        reference.gelu_beside,
     )
 
 
@@ -87,11 +89,11 @@ def triton_kernels() -> KernelSet:
         rows.rms_norm,
         rows.rms_norm_rope,
         rows.rms_norm_rope_heads,
-        rows.gelu,
         fused_linear.linear_gelu,
         rows.layer_norm,
         rows.layer_norm_modulate,
         rows.gated_residual,
+        rows.gelu_beside,
     )
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from safelight.runtime.errors import ModelError
 
-# Weights are safetensors only, so nothing that is downloaded can execute code.
-ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer*/*.txt", "tokenizer*/*.model", "LICENSE*", "README.md")
+# Weights are safetensors only, so nothing that is downloaded can execute code. In the repository's top folder they are
+# those of a single component: FLUX.1 has there, once more and in another format, all that its folders hold.
+WEIGHTS = ("*/*.safetensors", "diffusion_pytorch_model*.safetensors", "model*.safetensors")
+ALLOWED_FILES = (*WEIGHTS, "*.json", "tokenizer*/*.txt", "tokenizer*/*.model", "LICENSE*", "README.md")
 _READ = (".json", ".safetensors", ".txt", ".model", ".py")  # suffixes of what models are loaded from
 _SAMPLE = 1 << 20  # bytes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

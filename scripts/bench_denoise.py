@@ -5,8 +5,7 @@
 
 Prints one JSON line: median milliseconds of every variant (interleaved rounds, device events, fresh random inputs each
 time), the relative L2 distance of each from a float32 forward at five timesteps, and for our pipeline's steps the time
-in which the GPU did nothing. A variant that fails is reported with its error; the others are measured. With --apart
-each variant is loaded, timed and released before the next, for models of which the GPU holds one at a time.
+in which the GPU did nothing. A variant that fails is reported with its error; the others are measured.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from typing import Any
 
 import denoise
 import torch
-from make_checkpoint import make
 from torch import Tensor
 
 from safelight.kernels.dispatch import reference_kernels, triton_kernels
@@ -157,25 +155,20 @@ def measure(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
     truths = [exact["exact"](*sample).float() for sample in samples]
     forget(exact)
     times: dict[str, list[float]] = {name: [] for name in chosen}
-    apart: dict[str, list[float]] = {}
-    for names in [[name] for name in chosen] if args.apart else [list(chosen)]:
-        forwards = prepare({name: chosen[name] for name in names}, bench, errors)
-        for _ in range(args.rounds):
-            for name, forward in forwards.items():
-                sample = bench.draw()
-                times[name].append(timed(lambda f=forward, s=sample: f(*s), bench.device))  # type: ignore[misc]
-        medians = {name: round(statistics.median(times[name]), 2) for name in forwards}
-        print(json.dumps({"forward_ms": medians}), file=sys.stderr)
-        eager = {name: forward for name, forward in forwards.items() if "compiled" not in name or args.accuracy_all}
-        apart |= distances(eager, samples, truths)
-        forget(forwards)
+    forwards = prepare(chosen, bench, errors)
+    for _ in range(args.rounds):
+        for name, forward in forwards.items():
+            sample = bench.draw()
+            times[name].append(timed(lambda f=forward, s=sample: f(*s), bench.device))  # type: ignore[misc]
+    print(json.dumps({n: round(statistics.median(v), 2) for n, v in times.items() if v}), file=sys.stderr)
     measured = {name: values for name, values in times.items() if values}
     report: dict[str, Any] = {
         "forward_ms": {name: round(statistics.median(values), 2) for name, values in measured.items()},
         "forward_ms_range": {n: [round(min(values), 2), round(max(values), 2)] for n, values in measured.items()},
-        "relative_l2": apart,
     }
     try:
+        eager = {name: forward for name, forward in forwards.items() if "compiled" not in name or args.accuracy_all}
+        report["relative_l2"] = distances(eager, samples, truths)
         report["pipeline_step"] = pipeline_steps(bench, args.steps)
     except Exception as error:  # keep the times when a later part fails
         errors["later"] = f"{type(error).__name__}: {error}"[:600]
@@ -191,7 +184,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=3, help="pipeline steps to time")
     parser.add_argument("--only", help="comma-separated variants; default: all")
-    parser.add_argument("--apart", action="store_true", help="one variant on the GPU at a time")
     parser.add_argument(
         "--accuracy-all", action="store_true", help="distances of compiled variants too (compiles again)"
     )
@@ -205,8 +197,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         root = Path(temporary)
-        make(family.CHECKPOINT, root, args.size, components=("transformer", "scheduler"), device=device)
-        measured = measure(args, family.Bench(root, device, args.frames, args.height, args.width))
+        measured = measure(args, family.Bench(root, args.size, device, args.frames, args.height, args.width))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(json.dumps({"commit": commit(), "device": name, "torch": torch.__version__, **vars(args), **measured}))
     return 0

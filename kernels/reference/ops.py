@@ -29,13 +29,8 @@ def rms_norm_rope_heads(
     return rotated.to(x.dtype) if out is None else out.copy_(rotated)
 
 
-def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    made = F.gelu(x, approximate="tanh")
-    return made if out is None else out.copy_(made)
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return gelu(F.linear(x, weight, bias))
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -48,6 +43,10 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + y.float() * gate).to(x.dtype)
+
+
+def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
+    return torch.cat((x, F.gelu(hidden, approximate="tanh")), dim=-1)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

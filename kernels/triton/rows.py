@@ -13,6 +13,8 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from safelight.kernels.reference import ops as reference
 
+_COLUMNS = 2048  # of a program where a row has no statistics
+
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _layer_norm(x, scale, shift, out, tokens, width, x_row, by_batch, by_token, eps,  # type: ignore[no-untyped-def]
@@ -68,17 +70,6 @@ def _rms_norm_rope_heads(x, weight, cos, sin, out, tokens, width, x_row, out_bat
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _gelu(x, out, tokens, width, x_batch, x_row, out_batch, out_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    item, token = row // tokens, row % tokens
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    v = tl.load(x + item * x_batch + token * x_row + columns, mask=inside, other=0.0).to(tl.float32)
-    y = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))  # 2 sqrt(2 / pi); tanh u = 2 sigmoid(2 u) - 1
-    tl.store(out + item * out_batch + token * out_row + columns, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _gated_residual(x, y, gate, out, tokens, width, x_row, y_row, by_batch, by_token,  # type: ignore[no-untyped-def]
                     BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -89,6 +80,20 @@ def _gated_residual(x, y, gate, out, tokens, width, x_row, y_row, by_batch, by_t
     added = tl.load(y + row * y_row + columns, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(gate + place, mask=inside, other=0.0)
     tl.store(out + row * width + columns, (base + added * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _gelu_beside(x, hidden, out, width, total, x_row, hidden_row,  # type: ignore[no-untyped-def]
+                 BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, inside = columns < width, columns < total
+    kept = tl.load(x + row * x_row + columns, mask=first, other=0.0)
+    values = tl.load(hidden + row * hidden_row + columns - width, mask=inside & (columns >= width), other=0.0)
+    wide = values.to(tl.float32)
+    inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)  # 2 sqrt(2 / pi): (1 + tanh(u)) / 2 = s(2u)
+    activated = (wide * tl.sigmoid(inner)).to(out.dtype.element_ty)
+    tl.store(out + row * total + columns, tl.where(first, kept, activated), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -127,16 +132,6 @@ def rms_norm_rope_heads(
     return out
 
 
-def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    batch, tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    block = min(_block(width), 4096)
-    _gelu[(batch * tokens, -(-width // block))](
-        x, out, tokens, width, x.stride(0), x.stride(1), out.stride(0), out.stride(1), BLOCK=block
-    )
-    return out
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _launch_layer_norm(x, weight, bias, (0, 0), eps, one=0.0)
 
@@ -153,6 +148,17 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     gate = gate if gate.stride(-1) == 1 else gate.contiguous()
     _gated_residual[(batch * tokens,)](
         x, y, gate, out, tokens, width, x.stride(1), y.stride(1), *_modulation_strides(gate), BLOCK=_block(width)
+    )
+    return out
+
+
+def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
+    x, hidden = _rows(x), _rows(hidden)
+    batch, tokens, width = x.shape
+    total = width + hidden.shape[2]
+    out = torch.empty((batch, tokens, total), dtype=x.dtype, device=x.device)
+    _gelu_beside[(batch * tokens, -(-total // _COLUMNS))](
+        x, hidden, out, width, total, x.stride(1), hidden.stride(1), BLOCK=_COLUMNS
     )
     return out
 

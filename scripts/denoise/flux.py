@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from checkpoints.flux import full, scheduler, tiny
+from checkpoints.parts import randomize
+from torch import Tensor, nn
 
 from safelight.configs.families.base import ModelSpec
 from safelight.configs.families.flux import DEV
@@ -16,27 +18,38 @@ from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
 from safelight.runtime.models.flux.pipeline import FluxConditioning, FluxPipeline, Prompt
 from safelight.runtime.models.flux.transformer import FluxConfig, FluxText, FluxTransformer
 from safelight.runtime.models.flux.weights import name_map, parameter_dtype
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import make_sampler, read_image_config
 
-CHECKPOINT, SIZES = "flux1-dev", ("full", "tiny")
+SIZES = ("full", "tiny")
 DEFAULTS = {"frames": 1, "height": 1024, "width": 1024}
 TEXT, GUIDANCE = 512, 3.5
 
 
 class Bench:
-    """Transformers and inputs; a sample is (latents, timestep, words, gist)."""
+    """Transformers and inputs; a sample is (latents, timestep, words, gist).
 
-    def __init__(self, root: Path, device: torch.device, frames: int, height: int, width: int) -> None:
-        self.root, self.folder, self.device = root, root / "transformer", device
-        self.config = FluxConfig.from_json(read_json(self.folder / "config.json"))
+    The weights are made on the device, in bfloat16, and shared by all transformers; what ours fuses is made once.
+    """
+
+    def __init__(self, root: Path, size: str, device: torch.device, frames: int, height: int, width: int) -> None:
+        self.root, self.device, self.size = root, device, (height, width)
+        self.build = {"full": full, "tiny": tiny}[size](True).components["transformer"].build
+        self.base = self._reference(torch.bfloat16)
+        randomize(self.base, torch.Generator(device).manual_seed(0))
+        self.config = FluxConfig.from_json(dict(self.base.config))
+        self.fused: dict[str, nn.Parameter] = {}
         self.shape = (self.config.in_channels // 4, frames, height // 8, width // 8)
         self.small = (self.config.in_channels // 4, frames, 48, 32)
-        self.size = (height, width)
         self.tokens = self.shape[2] * self.shape[3] // 4
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = torch.Generator(device).manual_seed(1)
+
+    def _reference(self, dtype: torch.dtype) -> Any:
+        """diffusers' transformer, uninitialised. Its rotary positions are computed in the call."""
+        with torch.device("meta"):
+            model = self.build()
+        return model.to(dtype).to_empty(device=self.device).eval().requires_grad_(False)
 
     def draw(self, timestep: float = 500.0, *, small: bool = False) -> tuple[Tensor, ...]:
         """Fresh inputs."""
@@ -49,8 +62,14 @@ class Bench:
         """Ours with a given kernel set (the runtime's own choice is `load_transformer`)."""
         with torch.device("meta"):
             model = FluxTransformer(self.config, ParallelMesh.single(), kernels)
-        files, names = checkpoint_files(self.folder), name_map(self.config)
-        load_weights(model, files, names, self.device, lambda name: parameter_dtype(name, torch.bfloat16))
+        stored = dict(self.base.named_parameters())
+        for name, sources in name_map(self.config).items():
+            owner, _, leaf = name.rpartition(".")
+            if name not in self.fused:
+                whole = stored[sources[0]].data if len(sources) == 1 else torch.cat([stored[s].data for s in sources])
+                self.fused[name] = nn.Parameter(whole.to(parameter_dtype(name, torch.bfloat16)), requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, self.fused[name])
+        model.rotary.to(self.device)
         if compiled:
             model.compile_blocks()
         return model.eval()
@@ -61,9 +80,11 @@ class Bench:
 
     def theirs(self, dtype: torch.dtype, compiled: bool) -> Callable[..., Tensor]:
         from diffusers import FluxPipeline as Reference
-        from diffusers import FluxTransformer2DModel
 
-        model: Any = FluxTransformer2DModel.from_pretrained(self.folder, torch_dtype=dtype).to(self.device).eval()
+        model = self._reference(dtype) if dtype != torch.bfloat16 else self._reference_of(self.base)
+        if dtype != torch.bfloat16:
+            for ours, parameter in zip(model.parameters(), self.base.parameters(), strict=True):
+                ours.copy_(parameter)
         if compiled:
             model.compile_repeated_blocks(fullgraph=True)
         guidance = torch.full((1,), GUIDANCE, device=self.device)
@@ -81,13 +102,19 @@ class Bench:
 
         return forward
 
+    def _reference_of(self, base: Any) -> Any:
+        """Another module of the same tensors, to be compiled."""
+        with torch.device("meta"):
+            made = self.build()
+        made.load_state_dict(base.state_dict(), assign=True)
+        return made.eval().requires_grad_(False)
+
     def steps(self, kernels: KernelSet) -> tuple[Any, DenoiseState]:
         """Our pipeline and a state at the start of its steps."""
-        configs: Any = dict(DEV.configs)
-        configs["transformer"] = read_json(self.folder / "config.json")
+        configs: Any = dict(DEV.configs) | {"transformer": dict(self.base.config)}
         spec = ModelSpec("flux", DEV.name, self.root, DEV.task, DEV.defaults, **configs)
         model = self.model(kernels, False)
-        flow = read_image_config(read_json(self.root / "scheduler" / "scheduler_config.json"))
+        flow = read_image_config({**scheduler(True).config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
         pipeline = FluxPipeline(spec, self.device, ParallelMesh.single(), flow, model, Any, Any, Any)  # type: ignore[arg-type]
         request = GenerationRequest(
             "", "", {}, *self.size, 1, 1, 50, GUIDANCE, 0, 1, "euler", MediaSpec(MediaFormat.PNG), (), 1.0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_checkpoint import make
 from torch import Tensor
 
 from safelight.kernels.dispatch import KernelSet
@@ -19,14 +20,15 @@ from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import make_sampler, read_config
 
-CHECKPOINT, SIZES = "wan2.1-t2v", ("1.3b", "tiny")
+SIZES = ("1.3b", "tiny")
 DEFAULTS = {"frames": 81, "height": 480, "width": 832}
 
 
 class Bench:
     """Transformers and inputs; a sample is (latents, timestep, text)."""
 
-    def __init__(self, root: Path, device: torch.device, frames: int, height: int, width: int) -> None:
+    def __init__(self, root: Path, size: str, device: torch.device, frames: int, height: int, width: int) -> None:
+        make("wan2.1-t2v", root, size, components=("transformer", "scheduler"), device=device)
         self.root, self.folder, self.device = root, root / "transformer", device
         self.config = WanConfig.from_json(read_json(self.folder / "config.json"))
         self.shape = (self.config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)

@@ -93,6 +93,14 @@ class Parity:
 
     def run_reference(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
         """The same from diffusers, whose pictures are taken as PIL images are made: rounded to 8 bits."""
+        pictures = torch.from_numpy((self._call(case, "np") * 255).round().astype("uint8"))
+        return self.run_latents(case), pictures[:, None]
+
+    def run_latents(self, case: Case) -> torch.Tensor:
+        """Diffusers' latents alone, (N, C, 1, h, w)."""
+        return packed_to_latents(self._call(case, "latent"), (1, case.height // 16, case.width // 16), (1, 2, 2))
+
+    def _call(self, case: Case, kind: str) -> Any:
         arguments: dict[str, Any] = {
             "prompt": case.prompt,
             "negative_prompt": case.negative,
@@ -104,13 +112,8 @@ class Parity:
             "num_images_per_prompt": case.outputs,
             "max_sequence_length": text_tokens(self.ours.spec),
         }
-        results = []
-        for kind in ("latent", "np"):
-            generators = [torch.Generator().manual_seed(case.seed + i) for i in range(case.outputs)]
-            results.append(self.theirs(**arguments, generator=generators, output_type=kind).images)
-        grid = (1, case.height // 16, case.width // 16)
-        latents = packed_to_latents(results[0], grid, (1, 2, 2))
-        return latents, torch.from_numpy((results[1] * 255).round().astype("uint8"))[:, None]
+        generators = [torch.Generator().manual_seed(case.seed + i) for i in range(case.outputs)]
+        return self.theirs(**arguments, generator=generators, output_type=kind).images
 
 
 def _without_rope(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, text: Any) -> Any:

@@ -71,8 +71,8 @@ def attend(case: Case, mesh: ParallelMesh, kernels: KernelSet, *, swapped: bool 
         torch.randn(case.batch, case.image, width, generator=g),
     )
     text, image = share.shard(*whole)
-    texts, images = (Rotary(*(t[part] for t in table(case))) for part in (slice(case.text), slice(case.text, None)))
-    rotary = joint_rotary(texts, images, share)
+    halves = [Rotary(*(t[part] for t in table(case))) for part in (slice(case.text), slice(case.text, None))]
+    rotary = joint_rotary(halves[0], halves[1], share)
     for _ in range(LAYERS):
         layer = JointAttention(width, case.heads, 1e-6, kernels, groups=groups)
         for name, parameter in layer.named_parameters():

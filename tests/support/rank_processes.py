@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 
 LIMIT_S = 90.0  # of a set of processes; a collective gives up after two thirds of it
-_PRELOAD = ["torch", "hypothesis", "safelight.runtime.models.wan.pipeline"]
+_PRELOAD = [
+    "torch",
+    "hypothesis",
+    "safelight.runtime.models.wan.pipeline",
+    "safelight.runtime.models.flux.pipeline",
+]
 
 
 def module(path: Path) -> ModuleType:

@@ -237,7 +237,7 @@ def test_adapters_change_the_layer_that_they_name(pipeline: FluxPipeline) -> Non
     with torch.inference_mode():
         plain = model(latents, torch.tensor([500.0]), text)
         adapted = model(latents, torch.tensor([500.0]), text, adapters={"single_blocks.1.up": (adapter,)})
-        layer = model.single_blocks[1].up
+        layer: Any = model.single_blocks[1].up
         layer.weight += adapter.up @ adapter.down * adapter.scale
         merged = model(latents, torch.tensor([500.0]), text)
         layer.weight -= adapter.up @ adapter.down * adapter.scale

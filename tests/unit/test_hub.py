@@ -18,8 +18,12 @@ FILES = {
     "model_index.json": b'{"_class_name": "WanPipeline"}',
     "vae/weights.safetensors": b"weights",
     "vae/weights.bin": b"a pickle",
+    "tokenizer/merges.txt": b"#version: 0.2",
+    "diffusion_pytorch_model-00001-of-00002.safetensors": b"of one component",
+    "tiny1-dev.safetensors": b"the same in one file",
     "run.py": b"code",
 }
+WANTED = {*FILES} - {"vae/weights.bin", "run.py", "tiny1-dev.safetensors"}
 SHA = "a" * 40
 
 
@@ -74,13 +78,13 @@ def endpoint() -> Iterator[str]:
 def test_a_download_brings_weights_and_configs_but_nothing_executable(endpoint: str, tmp_path: Path) -> None:
     root = hub.download("org/tiny", quiet=True, endpoint=endpoint, cache_dir=tmp_path)
     found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    assert found == {name: FILES[name] for name in ("model_index.json", "vae/weights.safetensors")}
+    assert found == {name: FILES[name] for name in WANTED}
 
 
 def test_code_is_downloaded_only_when_it_is_trusted(endpoint: str, tmp_path: Path) -> None:
     root = hub.download("org/tiny", quiet=True, code=True, endpoint=endpoint, cache_dir=tmp_path)
     found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    assert found == {"model_index.json", "vae/weights.safetensors", "run.py"}
+    assert found == {*WANTED, "run.py"}
 
 
 def test_an_unknown_repository_is_a_model_error(endpoint: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -63,7 +63,7 @@ class HalvedWeight:
         return F.linear(x, stored["halves"] * stored["factor"], bias)
 
     def apply_gelu(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor, kernels: KernelSet) -> Tensor:
-        return kernels.gelu(self.apply(x, stored, bias), None)
+        return F.gelu(self.apply(x, stored, bias), approximate="tanh")
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,13 @@ def test_gelu_follows_the_whole_linear_layer_with_its_adapters() -> None:
     assert not torch.equal(layer.gelu(x, KERNELS), layer.gelu(x, KERNELS, (adapter,)))
 
 
-def test_ops_write_where_they_are_told() -> None:
+def test_heads_are_written_where_they_are_told() -> None:
     x, angles, weight = torch.randn(2, 5, 16), torch.randn(5, 4), torch.randn(8)
     place = torch.zeros(2, 9, 20)
     out = place[:, 3:8, 4:]
-    ops: list[Callable[[Tensor | None], Tensor]] = [
-        lambda to: KERNELS.gelu(x, to),
-        lambda to: KERNELS.rms_norm_rope_heads(x, weight, angles.cos(), angles.sin(), 1e-6, to),
-    ]
-    for op in ops:
-        assert op(out).data_ptr() == out.data_ptr()
-        torch.testing.assert_close(out, op(None), rtol=0, atol=0)
+    arguments = x, weight, angles.cos(), angles.sin(), 1e-6
+    assert KERNELS.rms_norm_rope_heads(*arguments, out).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, KERNELS.rms_norm_rope_heads(*arguments, None), rtol=0, atol=0)
     assert place[:, :3].abs().sum() == place[:, 8:].abs().sum() == place[..., :4].abs().sum() == 0
 
 
@@ -197,6 +193,13 @@ def test_modulation_and_gate_act_per_sample_or_per_token(per_token: bool) -> Non
     normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(KERNELS.layer_norm_modulate(x, scale, shift, 1e-6), normed * (1 + scale) + shift)
     torch.testing.assert_close(KERNELS.gated_residual(x, y, gate), x + y * gate)
+
+
+def test_gelu_beside_another_result_changes_the_second_alone() -> None:
+    x, hidden = torch.randn(2, 5, 4), torch.randn(2, 5, 7)
+    made = KERNELS.gelu_beside(x, hidden)
+    assert torch.equal(made[..., :4], x)
+    torch.testing.assert_close(made[..., 4:], F.gelu(hidden, approximate="tanh"))
 
 
 def test_plain_torch_serves_the_cpu() -> None:

@@ -167,7 +167,13 @@ FLUX_SCHNELL = {"shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, 
 QWEN = {"shift": 1.0, "use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 Z_IMAGE = {"shift": 3.0}
 LINEAR = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.7, "max_shift": 2.0}
-IMAGE_CONFIGS = {"dev": FLUX_DEV, "schnell": FLUX_SCHNELL, "qwen": QWEN, "z-image": Z_IMAGE, "linear": LINEAR}
+IMAGE_CONFIGS: dict[str, dict[str, Any]] = {
+    "dev": FLUX_DEV,
+    "schnell": FLUX_SCHNELL,
+    "qwen": QWEN,
+    "z-image": Z_IMAGE,
+    "linear": LINEAR,
+}
 
 
 def image_scheduler(settings: dict[str, Any], steps: int, tokens: int) -> Any:

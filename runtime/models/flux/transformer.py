@@ -140,9 +140,7 @@ class SingleBlock(nn.Module):
             length,
             k,
         )
-        both = x.new_empty(*x.shape[:2], 5 * width)
-        both[..., :width] = attended.flatten(2)
-        k.gelu(hidden, both[..., width:])
+        both = k.gelu_beside(attended.flatten(2), hidden)
         return _finite(k.gated_residual(x, self.down(both, adapters_of(adapters, "down")), gate))
 
 
