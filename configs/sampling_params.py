@@ -32,6 +32,12 @@ class SamplingParams:
     true_cfg_scale: float | None = option(
         None, "classifier-free guidance of models that --guidance-scale steers another way; 1 switches it off"
     )
+    cfg_normalization: float | None = option(
+        None, "longest that a guided prediction may be, in lengths of the conditional one; 0: any"
+    )
+    cfg_truncation: float | None = option(
+        None, "share of the way from noise to picture after which guidance is switched off; 1: never"
+    )
 
     def __post_init__(self) -> None:
         check_options(self, InvalidRequest)
@@ -53,6 +59,8 @@ class SamplingParams:
             num_outputs_per_prompt=request.num_outputs,
             sampler=request.sampler,
             true_cfg_scale=request.true_cfg_scale,
+            cfg_normalization=request.cfg_normalization,
+            cfg_truncation=request.cfg_truncation,
         )
 
     def merged_over(self, defaults: SamplingParams) -> SamplingParams:

@@ -21,6 +21,7 @@ from safelight.entrypoints.client import Client, error_of
 from safelight.entrypoints.interrupts import PREEMPTED, Interrupted, Interrupts
 from safelight.entrypoints.jobs import Job, check_jobs, read_jobs, requests, unknown_words
 from safelight.entrypoints.kept_run import KeptRun
+from safelight.entrypoints.model_path import find_root
 from safelight.entrypoints.progress import JsonReporter, PlainReporter, Reporter
 from safelight.entrypoints.saving import file_name, prepare_folder, save, save_again
 from safelight.runtime import hub, logs
@@ -102,7 +103,7 @@ class _Run:
         found = read_jobs(params, self._files)
         if self._kept:
             found = self._kept.seeded(found)
-        root = hub.resolve(self._args.model_path, quiet=self._files.json, code=self._args.trust_remote_code)
+        root = find_root(self._args, self._reporter.phase, quiet=self._files.json)
         args = self._args
         if args.vae_path is not None:
             args = dataclasses.replace(

@@ -20,6 +20,7 @@ from safelight.configs.http_args import HttpArgs
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import address_card
 from safelight.entrypoints.interrupts import Interrupted, Interrupts
+from safelight.entrypoints.model_path import find_root
 from safelight.runtime import hub, logs
 from safelight.runtime.errors import ConfigError, InvalidRequest, StartupError
 from safelight.runtime.launch.devices import resolve_device
@@ -114,7 +115,7 @@ class _Serve:
         self._http, self._args, self._keys, self._listening = http, args, keys, listening
 
     def run(self, interrupts: Interrupts) -> int:
-        root = hub.resolve(self._args.model_path, code=self._args.trust_remote_code)
+        root = find_root(self._args, say)
         args = self._args
         if args.vae_path is not None:
             args = dataclasses.replace(args, vae_path=str(hub.resolve(args.vae_path, "vae_path")))

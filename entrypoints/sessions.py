@@ -5,6 +5,7 @@ Both belong to one thread. Errors are the classes of `safelight.runtime.errors`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +14,9 @@ from typing import Any, Self
 from safelight.configs.families import ModelSpec, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import address_card, client
+from safelight.entrypoints.model_path import find_root
 from safelight.entrypoints.results import RequestMaker, Result
 from safelight.entrypoints.serve import MIN_PIXELS, frame_bytes
-from safelight.runtime import hub
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Endpoints, Event, Priority, Progress, Status
@@ -115,7 +116,7 @@ class Engine(Session):
 
     def __init__(self, model_path: str | None = None, *, max_pixels: int = MIN_PIXELS, **args: Any) -> None:
         settings = ServerArgs(model_path=model_path, **args)
-        root = hub.resolve(settings.model_path, code=settings.trust_remote_code)
+        root = find_root(settings, logging.getLogger(__name__).info)
         spec = identify(root, settings.backend, settings.trust_remote_code)
         self._server = Supervisor(settings, root, frame_bytes(spec, max_pixels)).start()
         try:

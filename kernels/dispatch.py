@@ -23,6 +23,9 @@ layer_norm_modulate(x, scale, shift, eps)  layer norm without weights, then * (1
 gated_residual(x, y, gate)              x + y * gate; x, y: (B, S, E), gate: (B, N, E) float32 as above.
 gelu_beside(x, hidden)                  x: (B, S, E), hidden: (B, S, F) -> (B, S, E + F): x, and beside it the GELU of
                                         hidden (tanh approximation, arXiv 1606.08415).
+rms_norm_scale(x, weight, scale, eps)   rms_norm, then * (1 + scale), scale: (B, N, E) float32 as above.
+silu_gate(x)                            x: (B, S, 2F) -> (B, S, F): silu of the first half times the second (SwiGLU).
+gated_rms_norm(x, y, weight, gate, eps)  x + rms_norm(y) * gate; gate: (B, N, E) float32 as above.
 
 Rows of x may be strided (a slice of a fused projection) as long as the last dim is dense. Results are contiguous,
 except attention's, whose strides are the backend's, and those written to `out`, which has x's shape and dtype and a
@@ -59,6 +62,9 @@ class KernelSet:
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     gelu_beside: Callable[[Tensor, Tensor], Tensor]
+    rms_norm_scale: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    gated_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    silu_gate: Callable[[Tensor], Tensor]
 
 
 def reference_kernels() -> KernelSet:
@@ -75,6 +81,9 @@ def reference_kernels() -> KernelSet:
         reference.layer_norm_modulate,
         reference.gated_residual,
         reference.gelu_beside,
+        reference.rms_norm_scale,
+        reference.gated_rms_norm,
+        reference.silu_gate,
     )
 
 
@@ -94,6 +103,9 @@ def triton_kernels() -> KernelSet:
         rows.layer_norm_modulate,
         rows.gated_residual,
         rows.gelu_beside,
+        rows.rms_norm_scale,
+        rows.gated_rms_norm,
+        rows.silu_gate,
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 from safelight.runtime.errors import ModelError
 
+INDEX = "model_index.json"
 # Weights are safetensors only, so nothing that is downloaded can execute code. In the repository's top folder they are
 # those of a single component: FLUX.1 has there, once more and in another format, all that its folders hold.
 WEIGHTS = ("*/*.safetensors", "diffusion_pytorch_model*.safetensors", "model*.safetensors")
@@ -33,8 +35,16 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False, code: bool = False) -> Path:
+def resolve(
+    text: str | None,
+    param: str = "model_path",
+    *,
+    quiet: bool = False,
+    code: bool = False,
+    inspect: Callable[[Path], None] | None = None,
+) -> Path:
     """The local directory of a model or component; None is the built-in model. `code`: download its Python files, too.
+    `inspect`: sees the model_index.json of a repository, and may refuse it, before the rest is fetched.
 
     Raises ModelError naming `param`: no such directory, or a Hugging Face id that can be neither downloaded nor found
     in the local cache.
@@ -47,7 +57,7 @@ def resolve(text: str | None, param: str = "model_path", *, quiet: bool = False,
             flag = "--" + param.replace("_", "-")
             raise ModelError(f"model directory expected at {path}, none is there; check {flag}", param=param)
         return path.resolve()
-    return download(text, param, quiet=quiet, code=code)
+    return download(text, param, quiet=quiet, code=code, inspect=inspect)
 
 
 def fingerprint(root: Path) -> str:
@@ -75,13 +85,15 @@ def download(
     code: bool = False,
     endpoint: str | None = None,
     cache_dir: Path | None = None,
+    inspect: Callable[[Path], None] | None = None,
 ) -> Path:
     """Fetches what is missing of a Hugging Face repository into its cache, with progress on stderr unless `quiet`.
 
-    Without a network the cached copy is used. Raises ModelError.
+    Without a network the cached copy is used. Raises ModelError, and what `inspect` raises (see `resolve`).
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP library's
+        EntryNotFoundError,
         GatedRepoError,
         HTTPError,
         LocalEntryNotFoundError,
@@ -93,6 +105,8 @@ def download(
     if quiet:
         disable_progress_bars()
     try:
+        if inspect is not None:
+            inspect(Path(hf_hub_download(repo_id, INDEX, endpoint=endpoint, cache_dir=cache_dir)))
         wanted = [*ALLOWED_FILES, *(("*.py",) if code else ())]
         found = snapshot_download(repo_id, allow_patterns=wanted, endpoint=endpoint, cache_dir=cache_dir)
     except GatedRepoError as error:
@@ -107,6 +121,9 @@ def download(
             "either); check the network, or pass a directory",
             param=param,
         ) from error
+    except EntryNotFoundError as error:
+        message = f"{repo_id} has no {INDEX}, so it is not in diffusers format, which --model-path takes"
+        raise ModelError(message, param=param) from error
     except (OSError, ValueError, HTTPError) as error:
         raise ModelError(f"{repo_id} could not be downloaded: {error}", param=param) from error
     return Path(str(found))

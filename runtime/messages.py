@@ -85,6 +85,8 @@ class GenerationRequest(Part):
     media: MediaSpec
     images: tuple[InputImage, ...] = ()
     true_cfg_scale: float | None = None  # None where the family has none
+    cfg_normalization: float | None = None  # the same
+    cfg_truncation: float | None = None
 
 
 class ErrorInfo(Part):

@@ -15,6 +15,7 @@ from typing import Any
 from safelight.configs.families.base import Capabilities, Family, ModelSpec
 from safelight.configs.families.calls import CallSignature, diffusers_folder, signature_in, signature_of
 from safelight.configs.families.diffusers_costs import DENOISERS, profile, spatial_scale
+from safelight.configs.families.limits import CFG_EXTRAS
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest, ModelError
 
@@ -25,7 +26,8 @@ GUIDANCE, TRUE_CFG = "guidance_scale", "true_cfg_scale"
 CALLBACKS = ("callback_on_step_end", "callback")
 # What a request can fill, and what only this program may.
 REQUESTED = (
-    "prompt", "negative_prompt", "image", "height", "width", "num_inference_steps", GUIDANCE, TRUE_CFG, *FRAMES, *RATES,
+    "prompt", "negative_prompt", "image", "height", "width", "num_inference_steps", GUIDANCE, TRUE_CFG,
+    *CFG_EXTRAS, *FRAMES, *RATES,
 )  # fmt: skip
 OWNED = (
     "generator", "output_type", "return_dict", "callback_steps", "callback_on_step_end_tensor_inputs",
@@ -114,6 +116,11 @@ def _signature(index: Mapping[str, Any], root: Path) -> CallSignature:
     return signature_of(str(name))
 
 
+def check_class(name: str) -> None:
+    """Raises ModelError for a class that diffusers does not have or that cannot be run in steps."""
+    _check_runnable(signature_of(name))
+
+
 def _check_runnable(call: CallSignature) -> None:
     """Raises ModelError naming what keeps the class from being run in steps, or fed by a request."""
     if not any(name in call for name in CALLBACKS):
@@ -195,8 +202,12 @@ def validate(spec: ModelSpec, params: SamplingParams) -> None:
     _between("num_outputs_per_prompt", params.num_outputs_per_prompt, 1, MOST_OUTPUTS)
     if params.seed is not None:
         _between("seed", params.seed, 0, MAX_SEED)
-    for name, empty in (("negative_prompt", ""), (GUIDANCE, spec.defaults.guidance_scale),
-                        (TRUE_CFG, None), ("num_inference_steps", spec.defaults.num_inference_steps)):  # fmt: skip
+    empties: dict[str, Any] = dict.fromkeys((TRUE_CFG, *CFG_EXTRAS)) | {
+        "negative_prompt": "",
+        GUIDANCE: spec.defaults.guidance_scale,
+        "num_inference_steps": spec.defaults.num_inference_steps,
+    }
+    for name, empty in empties.items():
         if name not in call and getattr(params, name) != empty:
             raise InvalidRequest(f"{call.name} takes no {name}; leave it out", param=name)
     if params.sampler != OWN_SCHEDULER:

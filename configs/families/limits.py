@@ -7,6 +7,7 @@ from safelight.runtime.errors import InvalidRequest
 
 MAX_OUTPUTS, MAX_STEPS, MAX_GUIDANCE, MAX_FPS, MAX_SEED = 16, 1000, 100.0, 120, 2**62
 MAX_PROMPT_CHARACTERS = 20_000
+CFG_EXTRAS = ("cfg_normalization", "cfg_truncation")  # unset in most families
 
 
 def check_grid(name: str, value: int | None, step: int, offset: int, most: int) -> None:
@@ -39,9 +40,12 @@ def check_one_picture(params: SamplingParams, model: str) -> None:
         )
 
 
-def check_usual(params: SamplingParams, samplers: tuple[str, ...], *, text_tokens: int) -> None:
+def check_usual(
+    params: SamplingParams, samplers: tuple[str, ...], *, text_tokens: int, takes: tuple[str, ...] = ()
+) -> None:
     """What every family limits alike; `text_tokens` are what its encoder reads, for the message of a prompt that is
     too long. `true_cfg_scale` is checked where it is set: whether a family takes it, it says itself.
+    `takes`: those of `CFG_EXTRAS` that the family has.
 
     `params` is complete. Raises InvalidRequest naming the first wrong parameter.
     """
@@ -49,6 +53,11 @@ def check_usual(params: SamplingParams, samplers: tuple[str, ...], *, text_token
     check_between("guidance_scale", params.guidance_scale, 0.0, MAX_GUIDANCE)
     if params.true_cfg_scale is not None:
         check_between("true_cfg_scale", params.true_cfg_scale, 0.0, MAX_GUIDANCE)
+    for name in CFG_EXTRAS:
+        if (value := getattr(params, name)) is not None:
+            if name not in takes:
+                raise InvalidRequest(f"this model takes no {name}; leave it out", param=name)
+            check_between(name, value, 0.0, MAX_GUIDANCE)
     check_between("fps", params.fps, 1, MAX_FPS)
     check_between("num_outputs_per_prompt", params.num_outputs_per_prompt, 1, MAX_OUTPUTS)
     if params.seed is not None:

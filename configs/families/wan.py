@@ -54,11 +54,11 @@ BUILTIN = Variant("builtin", "", _TASK, _SMALL, "9M", "ships with Safelight; kno
 
 
 def _published(heads: int, layers: int, ffn_dim: int) -> Mapping[str, Mapping[str, Any]]:
-    """The component configs of a published checkpoint, as far as costs depend on them."""
+    """The component configs of a published checkpoint, as far as costs and valid requests depend on them."""
     transformer = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "ffn_dim": ffn_dim}
     vae = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
     return {
-        "transformer": transformer | {"text_dim": 4096, "patch_size": [1, 2, 2]},
+        "transformer": transformer | {"text_dim": 4096, "patch_size": [1, 2, 2], "rope_max_seq_len": 1024},
         "vae": vae | {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
         "text_encoder": {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240}
         | {"vocab_size": 256384},

@@ -23,6 +23,20 @@ TrueCfg = Annotated[
     float,
     Meta(ge=0, le=100, description="classifier-free guidance of models that guidance_scale steers another way; 1: off"),
 ]
+CfgNormalization = Annotated[
+    float,
+    Meta(
+        ge=0, le=100, description="longest that a guided prediction may be, in lengths of the conditional one; 0: any"
+    ),
+]
+CfgTruncation = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=100,
+        description="share of the way from noise to picture after which guidance is switched off; 1: never",
+    ),
+]
 Pixels = Annotated[int, Meta(ge=1, le=99_999)]
 
 
@@ -43,6 +57,8 @@ class ImageRequest(msgspec.Struct, kw_only=True, frozen=True):
     num_inference_steps: Steps | None = None
     guidance_scale: Guidance | None = None
     true_cfg_scale: TrueCfg | None = None
+    cfg_normalization: CfgNormalization | None = None
+    cfg_truncation: CfgTruncation | None = None
     height: Pixels | None = None
     width: Pixels | None = None
     sampler: str | None = None
@@ -67,6 +83,8 @@ class VideoRequest(msgspec.Struct, kw_only=True, frozen=True):
     num_inference_steps: Steps | None = None
     guidance_scale: Guidance | None = None
     true_cfg_scale: TrueCfg | None = None
+    cfg_normalization: CfgNormalization | None = None
+    cfg_truncation: CfgTruncation | None = None
     height: Pixels | None = None
     width: Pixels | None = None
     sampler: str | None = None

@@ -70,6 +70,8 @@ class Translator:
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
             true_cfg_scale=body.true_cfg_scale,
+            cfg_normalization=body.cfg_normalization,
+            cfg_truncation=body.cfg_truncation,
             sampler=body.sampler,
             seed=body.seed if body.seed is not None else seed,
             **more,

@@ -49,6 +49,19 @@ def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat((x, F.gelu(hidden, approximate="tanh")), dim=-1)
 
 
+def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return (_unit_rms(x, eps) * weight.float() * (1 + scale)).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return (x.float() + _unit_rms(y, eps) * weight.float() * gate).to(x.dtype)
+
+
+def silu_gate(x: Tensor) -> Tensor:
+    gate, value = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * value).to(x.dtype)
+
+
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads: (B, S, H, D) float32, cos, sin: (S, D/2) -> (B, S, H D)."""
     even, odd = torch.unflatten(heads, -1, (cos.shape[-1], 2)).unbind(-1)

@@ -14,6 +14,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from safelight.kernels.reference import ops as reference
 
 _COLUMNS = 2048  # of a program where a row has no statistics
+_SILU_BLOCK = 2048
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -96,6 +97,32 @@ def _gelu_beside(x, hidden, out, width, total, x_row, hidden_row,  # type: ignor
     tl.store(out + row * total + columns, tl.where(first, kept, activated), mask=inside)
 
 
+def _modulated_rms(x, y, weight, factors, out, tokens, width, x_row, y_row, by_batch, by_token,  # type: ignore[no-untyped-def]
+                   eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(y + row * y_row + columns, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(factors + (row // tokens) * by_batch + (row % tokens) * by_token + columns, mask=inside, other=0.0)
+    values = values * tl.rsqrt(tl.sum(values * values) / width + eps)
+    values *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        values = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32) + values * factor
+    else:
+        values *= 1.0 + factor
+    tl.store(out + row * width + columns, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _silu_gate(x, out, width, x_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_row + width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + columns, (gate * tl.sigmoid(gate) * value).to(out.dtype.element_ty), mask=inside)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = _rows(x)
     return _launch_rms(x, weight, weight, weight, eps, rotate=False)
@@ -160,6 +187,36 @@ def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
     _gelu_beside[(batch * tokens, -(-total // _COLUMNS))](
         x, hidden, out, width, total, x.stride(1), hidden.stride(1), BLOCK=_COLUMNS
     )
+
+
+def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return _launch_modulated_rms(x, x, weight, scale, eps, residual=False)
+
+
+def gated_rms_norm(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return _launch_modulated_rms(x, y, weight, gate, eps, residual=True)
+
+
+def silu_gate(x: Tensor) -> Tensor:
+    x = _rows(x)
+    batch, tokens, width = x.shape[0], x.shape[1], x.shape[2] // 2
+    out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    block = min(_block(width), _SILU_BLOCK)
+    _silu_gate[(batch * tokens, -(-width // block))](x, out, width, x.stride(1), BLOCK=block)
+    return out
+
+
+def _launch_modulated_rms(
+    x: Tensor, y: Tensor, weight: Tensor, factors: Tensor, eps: float, *, residual: bool
+) -> Tensor:
+    x, y = _rows(x), _rows(y)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, tokens, width = x.shape
+    factors = factors if factors.stride(-1) == 1 else factors.contiguous()
+    _modulated_rms[(batch * tokens,)](
+        x, y, weight, factors, out, tokens, width, x.stride(1), y.stride(1), *_modulation_strides(factors), eps,
+        RESIDUAL=residual, BLOCK=_block(width),
+    )  # fmt: skip
     return out
 
 

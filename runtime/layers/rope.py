@@ -46,19 +46,20 @@ class Rope3D(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(self, grid: tuple[int, int, int]) -> Rotary:
-        """The table of a token grid (frames, rows, columns), tokens in that order of significance.
+    def forward(self, grid: tuple[int, int, int], start: tuple[int, int, int] = (0, 0, 0)) -> Rotary:
+        """The table of a token grid (frames, rows, columns), tokens in that order of significance; the first has
+        position `start`.
 
         Raises ValueError when an axis is longer than the tables.
         """
-        if max(grid) > self.max_length:
+        if max(first + size for first, size in zip(start, grid, strict=True)) > self.max_length:
             raise ValueError(f"token grid {grid} exceeds {self.max_length} positions along an axis")
-        return Rotary(self._expand(self.cos, grid), self._expand(self.sin, grid))
+        return Rotary(self._expand(self.cos, grid, start), self._expand(self.sin, grid, start))
 
-    def _expand(self, table: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _expand(self, table: Tensor, grid: tuple[int, int, int], start: tuple[int, int, int]) -> Tensor:
         parts = []
         for axis, columns in enumerate(torch.split(table, self.pairs, dim=1)):
             view = [1, 1, 1, columns.shape[1]]
             view[axis] = grid[axis]
-            parts.append(columns[: grid[axis]].view(view).expand(*grid, -1))
+            parts.append(columns[start[axis] : start[axis] + grid[axis]].view(view).expand(*grid, -1))
         return torch.cat(parts, dim=-1).flatten(0, 2)

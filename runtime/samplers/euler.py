@@ -24,7 +24,7 @@ class Euler:
     def schedule(self, steps: int, tokens: int | None = None) -> Schedule:
         """Raises ValueError for a shift that grows with the image, without its tokens."""
         config = self.config
-        table = _unit_table(steps) if config.unit_table else _trained_table(steps, config)
+        table = _unit_table(steps, config) if config.unit_table else _trained_table(steps, config)
         if config.dynamic is None:
             shifted = _shifted(table, config.shift)
         elif tokens is None:
@@ -52,8 +52,11 @@ def _shifted(table: Table, shift: float) -> Table:
     return moved
 
 
-def _unit_table(steps: int) -> Table:
+def _unit_table(steps: int, config: FlowConfig) -> Table:
     """(steps,) float32."""
+    if config.torch_table:
+        single: Table = torch.linspace(1.0, 1 / steps, steps, device="cpu").numpy()
+        return single
     return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
 
 

@@ -74,6 +74,7 @@ class FlowConfig:
     solver_order: int = 2
     unit_table: bool = False
     dynamic: DynamicShift | None = None  # in place of `shift`
+    torch_table: bool = False  # the unit table is torch's, which interpolates in float32 (Z-Image): an ulp may differ
     terminal: float | None = None
 
 

@@ -48,7 +48,7 @@ def randomize(module: nn.Module, generator: torch.Generator) -> None:
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
         norm = "norm" in name or name.endswith("gamma")
-        if norm and not name.endswith("bias"):
+        if (norm and not name.endswith("bias")) or name == "cap_embedder.0.weight":
             noise = 1 + 0.1 * noise
         elif "scale_shift_table" in name:
             noise *= 0.2

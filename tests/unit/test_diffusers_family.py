@@ -195,7 +195,12 @@ def test_limits_of_requests(sd3: ModelSpec, changes: dict[str, Any], param: str)
 
 def test_a_parameter_that_the_call_does_not_take_is_refused(tmp_path: Path) -> None:
     spec = identify(write(tmp_path / "m", "StableVideoDiffusionPipeline", {}))
-    changes: dict[str, Any] = {"negative_prompt": "bad", "guidance_scale": 3.0, "true_cfg_scale": 2.0}
+    changes: dict[str, Any] = {
+        "negative_prompt": "bad",
+        "guidance_scale": 3.0,
+        "true_cfg_scale": 2.0,
+        "cfg_truncation": 1.0,
+    }
     for name, value in changes.items():
         params = dataclasses.replace(spec.defaults, **{name: value})
         with pytest.raises(InvalidRequest, match=f"takes no {name}"):

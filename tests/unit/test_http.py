@@ -156,6 +156,8 @@ def test_nulls_are_absent_ignored_fields_are_silent_and_unknown_ones_are_warned_
         ({"num_inference_steps": 51}, "num_inference_steps"),
         ({"guidance_scale": 1000}, "guidance_scale"),
         ({"true_cfg_scale": 4.0}, "true_cfg_scale"),
+        ({"cfg_normalization": 1.0}, "cfg_normalization"),
+        ({"cfg_truncation": 0.5}, "cfg_truncation"),
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": 101}, "output_compression"),
         ({"sampler": "magic"}, "sampler"),

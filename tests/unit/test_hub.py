@@ -40,8 +40,9 @@ class StubHub(BaseHTTPRequestHandler):
         name = self.path.removeprefix(f"/org/tiny/resolve/{SHA}/").removeprefix("/org/tiny/resolve/main/")
         if name in FILES:
             return self._send(FILES[name], {"ETag": f'"{_oid(FILES[name])}"', "X-Repo-Commit": SHA})
+        known = self.path.startswith("/org/tiny/")
         self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -85,6 +86,23 @@ def test_code_is_downloaded_only_when_it_is_trusted(endpoint: str, tmp_path: Pat
     root = hub.download("org/tiny", quiet=True, code=True, endpoint=endpoint, cache_dir=tmp_path)
     found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert found == {*WANTED, "run.py"}
+
+
+def test_a_model_can_be_refused_before_its_weights_are_fetched(endpoint: str, tmp_path: Path) -> None:
+    def refuse(index: Path) -> None:
+        raise ModelError(f"no: {json.loads(index.read_text())['_class_name']}")
+
+    with pytest.raises(ModelError, match="no: WanPipeline"):
+        hub.download("org/tiny", quiet=True, endpoint=endpoint, cache_dir=tmp_path, inspect=refuse)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_repository_in_another_format_is_named(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FILES, "model_index.json")
+    with pytest.raises(ModelError, match=r"org/tiny has no model_index\.json"):
+        hub.download("org/tiny", quiet=True, endpoint=endpoint, cache_dir=tmp_path, inspect=lambda index: None)
 
 
 def test_an_unknown_repository_is_a_model_error(endpoint: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_every_default_is_valid_and_has_a_profile(spec: ModelSpec) -> None:
         validate(spec, params)
         assert profile(spec, params).total_cost > 0
         unset = {f.name for f in dataclasses.fields(params) if getattr(params, f.name) is None}
-        assert unset == {"seed", "true_cfg_scale"}
+        assert unset == {"seed", "true_cfg_scale", "cfg_normalization", "cfg_truncation"}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_every_default_is_valid_and_has_a_profile(spec: ModelSpec) -> None:
         (INDEX, changed("transformer/config.json", in_channels=48), "in_channels 48"),
         (INDEX, changed("vae/config.json", z_dim=48, patch_size=2), "VAE of Wan 2.1"),
         (INDEX, changed("text_encoder/config.json", d_model=1024), "text encoder is 1024 wide"),
-        (INDEX | {"_class_name": "FluxPipeline"}, WAN_1_3B, "WanPipeline"),
+        (INDEX | {"_class_name": "NobodysPipeline"}, WAN_1_3B, "WanPipeline"),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path: Path, index: Any, files: Files, message: str) -> None:
@@ -169,6 +169,7 @@ def test_a_wrong_number_in_a_component_config_is_named(tmp_path: Path, name: str
         ("guidance_scale", float("inf"), "from 0"),
         ("guidance_scale", 0.0, None),
         ("true_cfg_scale", 4.0, "takes no true_cfg_scale"),
+        ("cfg_truncation", 0.5, "takes no cfg_truncation"),
         ("fps", 0, "from 1"),
         ("num_outputs_per_prompt", 0, "from 1"),
         ("num_outputs_per_prompt", 17, "to 16"),

@@ -14,6 +14,7 @@ from PIL.Image import Resampling
 from safelight.configs.backend import check_call
 from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.families.diffusers import FRAMES, GUIDANCE, RATES, TRUE_CFG
+from safelight.configs.families.limits import CFG_EXTRAS
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import JobFailed
@@ -82,6 +83,7 @@ class DiffusersPipeline:
             values[GUIDANCE] = request.guidance_scale
         if request.true_cfg_scale is not None:
             values[TRUE_CFG] = request.true_cfg_scale
+        values |= {name: value for name in CFG_EXTRAS if (value := getattr(request, name)) is not None}
         if request.images:
             values["image"] = self._image(request)
         given = {name: value for name, value in values.items() if name in call}
