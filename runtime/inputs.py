@@ -64,10 +64,23 @@ def check_picture(data: bytes, param: str = "image_path") -> Picture:
         raise InvalidRequest(
             f"{param}: a picture ({names}) expected that can be decoded: {error}", param=param
         ) from error
+    return _picture(upright)
+
+
+def picture_of(image: Image.Image, param: str = "images") -> Picture:
+    """A picture that is decoded already. Raises InvalidRequest naming `param`."""
+    if image.width * image.height > MAX_PIXELS or not image.width * image.height:
+        raise InvalidRequest(
+            f"{param}: 1 to {MAX_PIXELS} pixels expected, got {image.width}x{image.height}", param=param
+        )
+    return _picture(image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB"))
+
+
+def _picture(image: Image.Image) -> Picture:
     plain = io.BytesIO()
-    Image.frombytes("RGB", upright.size, upright.tobytes()).save(plain, "PNG", compress_level=1)  # pixels, no metadata
+    Image.frombytes("RGB", image.size, image.tobytes()).save(plain, "PNG", compress_level=1)  # pixels, no metadata
     png = plain.getvalue()
-    return Picture(InputImage(hashlib.sha256(png).hexdigest(), upright.width, upright.height), png)
+    return Picture(InputImage(hashlib.sha256(png).hexdigest(), image.width, image.height), png)
 
 
 def check_ref(ref: InputImage) -> None:
