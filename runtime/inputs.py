@@ -1,4 +1,4 @@
-"""Pictures that requests bring: checked where they come in, kept as files of plain pixels (PPM) named by what is in them.
+"""Pictures that requests bring: checked where they come in, kept as plain pixels (PPM) in files named by their content.
 
 Requests name them by hash, size and nothing else, so that no client can make a worker read another file.
 """
@@ -19,12 +19,13 @@ from pathlib import Path
 from PIL import Image
 
 from safelight.runtime import picture_guard
-from safelight.runtime.errors import InvalidRequest, JobFailed
+from safelight.runtime.errors import InvalidRequest, JobFailed, Overloaded
 from safelight.runtime.messages import InputImage
 from safelight.runtime.picture_decoder import flattened
 
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 8192 * 8192
+MAX_STORED = 16 << 30
 UNUSED_S = 3600.0  # a picture may be stored well before the job that names it is accepted
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -37,7 +38,7 @@ class Picture:
     ppm: bytes
 
 
-def check_picture(data: bytes, param: str = "image_path") -> Picture:
+def check_picture(data: bytes, param: str = "image_path", most_pixels: int | None = None) -> Picture:
     """Decodes bytes of a PNG, JPEG or WebP file, guarded; only its first frame and its pixels are kept.
 
     Raises InvalidRequest naming `param`: too many bytes or pixels (known before they are decoded), another format, a
@@ -45,7 +46,7 @@ def check_picture(data: bytes, param: str = "image_path") -> Picture:
     """
     if len(data) > MAX_BYTES:
         raise InvalidRequest(f"{param}: at most {MAX_BYTES >> 20} MiB expected, got {len(data) >> 20} MiB", param=param)
-    return _picture(*picture_guard.decode(data, MAX_PIXELS, param))
+    return _picture(*picture_guard.decode(data, MAX_PIXELS if most_pixels is None else most_pixels, param))
 
 
 def picture_of(image: Image.Image, param: str = "images") -> Picture:
@@ -76,8 +77,10 @@ class InputStore:
         self._folder = folder
 
     def add(self, picture: Picture) -> InputImage:
-        """Keeps a picture durably; one that is there already stays."""
+        """Keeps a picture durably; one that is there already stays. Raises Overloaded: MAX_STORED bytes are kept."""
         path = self._path(picture.ref)
+        if not path.exists() and self._stored() > MAX_STORED:
+            raise Overloaded(f"{MAX_STORED >> 30} GiB of input pictures are kept; try again later", retry_after_s=60)
         handle, temporary = tempfile.mkstemp(prefix=".", dir=self._folder)
         with open(handle, "wb") as file:
             file.write(picture.ppm)
@@ -108,6 +111,15 @@ class InputStore:
             with contextlib.suppress(FileNotFoundError):  # a picture that was being written has its name now
                 if time.time() - path.stat().st_mtime > UNUSED_S:
                     path.unlink()
+
+    def _stored(self) -> int:
+        """Bytes."""
+        total = 0
+        with os.scandir(self._folder) as found:
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):  # swept meanwhile
+                    total += entry.stat().st_size
+        return total
 
     def _path(self, ref: InputImage) -> Path:
         if not _SHA256.fullmatch(ref.sha256):

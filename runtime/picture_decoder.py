@@ -1,7 +1,7 @@
 """Turns the bytes of one picture file into RGB pixels. As a program, in a process that can do nothing else.
 
-The program is started by `runtime.picture_guard`, by this file's path and with nothing of Safelight imported: the file is
-its standard input, the pixels its standard output, what it found a line of JSON on the descriptor that it is told.
+The program is started by `runtime.picture_guard`, by this file's path and with nothing of Safelight imported: the file
+is its standard input, the pixels its standard output, what it found a line of JSON on the descriptor that it is told.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # when this is a program, what it may need is not there yet
+    from PIL import Image as Pillow
 
 MEMORY, CPU_S = 2 << 30, 10  # of address space; of processor time
 STATUS_BYTES = 1000
@@ -57,7 +62,9 @@ def _confine(output_bytes: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def _decode(data: bytes, plugins: dict[str, type], most_pixels: int) -> dict[str, object]:
+def _decode(
+    data: bytes, plugins: Mapping[str, Callable[[io.BytesIO], Pillow.Image]], most_pixels: int
+) -> dict[str, object]:
     kind = next((name for magic, name in MAGIC if data.startswith(magic)), None)
     if kind is None or (kind == "WEBP" and data[8:12] != b"WEBP"):
         return {"error": "it is neither PNG nor JPEG nor WebP"}
@@ -73,7 +80,7 @@ def _decode(data: bytes, plugins: dict[str, type], most_pixels: int) -> dict[str
     return {"width": upright.width, "height": upright.height}
 
 
-def turned(image):  # type: ignore[no-untyped-def]  # PIL is not imported when this module is
+def turned(image: Pillow.Image) -> Pillow.Image:
     """Upright, as EXIF says. EXIF that cannot be read says nothing."""
     from PIL.Image import Transpose
 
@@ -88,7 +95,7 @@ def turned(image):  # type: ignore[no-untyped-def]  # PIL is not imported when t
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def flattened(image):  # type: ignore[no-untyped-def]
+def flattened(image: Pillow.Image) -> Pillow.Image:
     """As RGB: what is transparent lies on white, as a page would show it; of 16 bits the upper 8 count."""
     from PIL import Image
 

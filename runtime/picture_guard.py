@@ -1,10 +1,10 @@
-"""Decodes pictures of strangers in a process of its own for each: decoders are large, and the files may be made to break
-them. That process has no secrets, no open file, and limits of memory and time; whatever becomes of it is told of the file.
+"""Decodes pictures of strangers, in a process of its own for each: the files may be made to break the decoder.
+
+That process has no secrets, no open file, and limits of memory and time; whatever becomes of it is told of the file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import subprocess
@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import PIL
 
 from safelight.runtime import picture_decoder
@@ -21,6 +21,12 @@ from safelight.runtime.errors import InvalidRequest
 
 WAIT_S = 20.0  # longer than the process has of processor time, for machines that are busy
 _BROKEN = "it cannot be decoded: it broke the decoder, or takes too much time"
+
+
+class _Found(msgspec.Struct, frozen=True):
+    error: str = ""
+    width: int = 0
+    height: int = 0
 
 
 def decode(data: bytes, most_pixels: int, param: str) -> tuple[int, int, bytes]:
@@ -43,13 +49,11 @@ def decode(data: bytes, most_pixels: int, param: str) -> tuple[int, int, bytes]:
             process.kill()
             process.wait()
         found = _checked(line, most_pixels)
-        if "error" not in found:
-            width, height = found["width"], found["height"]
-            rgb = os.pread(pixels, 3 * width * height, 0)
-            if len(rgb) == 3 * width * height:
-                return width, height, rgb
-            found = {"error": _BROKEN}
-        raise InvalidRequest(f"{param}: a picture (PNG, JPEG, WEBP) expected; {found['error']}", param=param)
+        rgb = os.pread(pixels, 3 * found.width * found.height, 0) if not found.error else b""
+        if found.error or len(rgb) != 3 * found.width * found.height:
+            why = found.error or _BROKEN
+            raise InvalidRequest(f"{param}: a picture (PNG, JPEG, WEBP) expected; {why}", param=param)
+        return found.width, found.height, rgb
     finally:
         for descriptor in (source, pixels, receiving, sending):
             if descriptor >= 0:
@@ -89,15 +93,13 @@ def _told(receiving: int) -> bytes:
     return b""
 
 
-def _checked(line: bytes, most_pixels: int) -> dict[str, Any]:
+def _checked(line: bytes, most_pixels: int) -> _Found:
     """The process may have been taken over by the file: what it says is not trusted either."""
     try:
-        found = json.loads(line)
-        if isinstance(found["error"] if "error" in found else None, str):
-            return {"error": "".join(c if c.isprintable() else "?" for c in found["error"])}
-        width, height = found["width"], found["height"]
-        if type(width) is int and type(height) is int and width > 0 and height > 0 and width * height <= most_pixels:
-            return {"width": width, "height": height}
-    except (ValueError, KeyError, TypeError):
-        pass
-    return {"error": _BROKEN}
+        found = msgspec.json.decode(line, type=_Found)
+    except msgspec.MsgspecError:
+        return _Found(_BROKEN)
+    if found.error:
+        return _Found("".join(letter if letter.isprintable() else "?" for letter in found.error))
+    sized = found.width > 0 and found.height > 0 and found.width * found.height <= most_pixels
+    return found if sized else _Found(_BROKEN)

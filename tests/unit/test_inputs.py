@@ -178,7 +178,7 @@ def test_the_decoder_is_confined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     path, confined = tmp_path / "tries.py", CONFINED.format(program=picture_decoder.__file__)
     path.write_text(confined + ATTEMPTS.format(made=str(tmp_path / "made")))
     monkeypatch.setattr(picture_decoder, "__file__", str(path))
-    with pytest.raises(InvalidRequest, match="expected; 5$"):
+    with pytest.raises(InvalidRequest, match=r"expected; 5$"):
         check_picture(encoded("PNG"))
     path.write_text(confined + "while True: pass")
     with pytest.raises(InvalidRequest, match="takes too much time"):
