@@ -84,13 +84,18 @@ def _check(
     family = FAMILIES[spec.family]
     check_images(spec, len(params.image_path or images))  # before they are read
     images = from_paths(params.image_path) or images
-    complete = params.merged_over(_size_of(images, spec)).merged_over(spec.defaults)
+    complete = sized(spec, params, images)
     if complete.seed is None:
         complete = dataclasses.replace(complete, seed=secrets.randbelow(_SEEDS))
     family.validate(spec, complete)
     assert complete.num_frames is not None, "the family's defaults are complete"
     media = MediaSpec(MediaFormat(files.media_format(complete.num_frames)), files.output_quality, files.return_frames)
     return Job(number, total, complete, media, family.profile(spec, complete).chunk_bytes, images)
+
+
+def sized(spec: ModelSpec, params: SamplingParams, images: tuple[Picture, ...]) -> SamplingParams:
+    """Complete parameters: an unset size is that of the pictures, or the model's."""
+    return params.merged_over(_size_of(images, spec)).merged_over(spec.defaults)
 
 
 def _size_of(images: tuple[Picture, ...], spec: ModelSpec) -> SamplingParams:
