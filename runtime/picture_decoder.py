@@ -6,6 +6,7 @@ is its standard input, the pixels its standard output, what it found a line of J
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ MEMORY, CPU_S = 2 << 30, 10  # of address space; of processor time
 STATUS_BYTES = 1000
 MAGIC = ((b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"RIFF", "WEBP"))
 _ORIENTATION = 0x0112  # of EXIF
+_NOBODY = 65534
 _WHITE = (255, 255, 255)
 
 
@@ -50,7 +52,10 @@ def main(pillow: str, status: int, most_pixels: int) -> None:
 
 
 def _confine(output_bytes: int) -> None:
-    """No way back from here: no file, socket or process can be opened, memory and time are bounded, no core is left."""
+    """No way back from here: no file, socket or process can be opened, memory and time are bounded, no core is left.
+
+    Root, who may lift limits again, becomes nobody where the system allows it.
+    """
     for kind, most in (
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_CPU, CPU_S),
@@ -60,6 +65,12 @@ def _confine(output_bytes: int) -> None:
         (resource.RLIMIT_NOFILE, 0),
     ):
         resource.setrlimit(kind, (most, most))
+    if os.getuid() == 0:
+        with contextlib.suppress(OSError):  # a container may have no nobody
+            os.setgroups([])
+        with contextlib.suppress(OSError):
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
 def _decode(

@@ -39,7 +39,8 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, P
     folder = tmp_path_factory.mktemp("editor")
     diffusers_checkpoints.write("stable_diffusion_img2img", folder / "sd-img2img")
     Image.effect_mandelbrot((72, 56), (-2, -1.5, 1, 1.5), 30).convert("RGB").save(folder / "photo.jpg")
-    with serve("--model-path", "./sd-img2img", "--state-dir", "edit-state", cwd=folder) as served:
+    flags = ("--model-path", "./sd-img2img", "--state-dir", "edit-state", "--allow-url-inputs", "--max-input-mb", "2")
+    with serve(*flags, cwd=folder) as served:
         yield served, folder
 
 

@@ -147,7 +147,7 @@ def test_a_file_that_breaks_the_decoder_breaks_nothing_else(monkeypatch: pytest.
 
 
 CONFINED = """
-import importlib.util, json, os, signal, socket, sys
+import importlib.util, json, os, resource, signal, socket, sys
 spec = importlib.util.spec_from_file_location("decoder", {program!r})
 decoder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(decoder)
@@ -159,13 +159,15 @@ def attempt(name, call):
     try:
         call()
         went.append(name)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ValueError):
         pass
 """
 ATTEMPTS = """
 attempt("read", lambda: open("/etc/passwd"))
 attempt("write", lambda: open({made!r}, "w"))
 attempt("connect", lambda: socket.socket())
+attempt("fork", lambda: os.fork() or os._exit(0))
+attempt("limits", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99)))
 attempt("memory", lambda: bytearray(400 << 20))
 went += [str(os.write(1, b"123456789")), *(name for name in os.environ if name != "LC_CTYPE")]
 os.write(int(sys.argv[2]), json.dumps({{"error": " ".join(went)}}).encode())
