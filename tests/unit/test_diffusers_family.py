@@ -366,7 +366,7 @@ def test_a_picture_is_checked_counted_stored_and_gives_its_size(tmp_path: Path) 
             check_jobs(spec, [("", dataclasses.replace(params, image_path=(wrong,)))], GenerateArgs())
         assert caught.value.param == "image_path"
     twice = dataclasses.replace(params, image_path=(str(photo), "no such file"))  # counted before it is read
-    with pytest.raises(InvalidRequest, match="1 expected .* got 2"):
+    with pytest.raises(InvalidRequest, match=r"1 expected .* got 2"):
         check_jobs(spec, [("", twice)], GenerateArgs())
     with pytest.raises(InvalidRequest, match="0 expected"):
         check_jobs(identify(builtin_model()), [("", params)], GenerateArgs())
