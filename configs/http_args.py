@@ -25,6 +25,10 @@ class HttpArgs:
     max_steps: int = option(500, "denoising steps of a request", minimum=1)
     max_outputs: int = option(10, "pictures of a request (n)", minimum=1)
     max_body_mb: float = option(16.0, "megabytes of a request", minimum=0.001)
+    max_input_mb: float = option(64.0, "megabytes of a request that may bring pictures", minimum=0.001)
+    allow_url_inputs: bool = option(
+        False, "fetch pictures from http and https addresses of the public internet that requests name"
+    )
 
     def __post_init__(self) -> None:
         check_options(self, ConfigError)

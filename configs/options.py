@@ -10,12 +10,18 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safelight.runtime.errors import SafelightError
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "names and values"}
+_KINDS = {
+    int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "names and values",
+    tuple: "a string or a list of strings",
+}  # fmt: skip
+
+# What else than a value of the type itself is taken.
+_ACCEPTED: Mapping[type, Any] = types.MappingProxyType({float: (int, float), tuple: (str, list, tuple)})
 
 
 def option(
@@ -28,7 +34,7 @@ def option(
 
 @functools.cache
 def base_types(config: type) -> dict[str, type]:
-    """The plain type (int, float, bool, str or dict) of each field, without `| None`."""
+    """The plain type (int, float, bool, str, dict; tuple: of strings) of each field, without `| None`."""
     found = {}
     for name, hint in typing.get_type_hints(config).items():
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -51,8 +57,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def check_value(name: str, kind: type, metadata: Mapping[str, Any], value: Any, error: type[SafelightError]) -> None:
     """Raises `error` unless `value` is of `kind`, one of the choices and not below the minimum. An int is a float."""
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    accepted = _ACCEPTED.get(kind, kind)
+    several = value if isinstance(value, list | tuple) else ()
+    if (
+        not isinstance(value, accepted)
+        or (isinstance(value, bool) and kind is not bool)
+        or not all(isinstance(one, str) for one in several)
+    ):
         raise error(f"{flag(name)}: {_KINDS[kind]} expected, got {value!r}", param=name)
     choices, minimum = metadata.get("choices", ()), metadata.get("minimum")
     if choices and value not in choices:
@@ -62,6 +73,11 @@ def check_value(name: str, kind: type, metadata: Mapping[str, Any], value: Any, 
         )
     if minimum is not None and not value >= minimum:
         raise error(f"{flag(name)}: at least {minimum:g} expected, got {value!r}", param=name)
+
+
+def as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The strings of an option that may be given several times; an empty one is none."""
+    return tuple(one for one in ([value] if isinstance(value, str) else value) if one)
 
 
 def check_options(config: Any, error: type[SafelightError]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from safelight.configs.options import check_options, option
+from safelight.configs.options import as_tuple, check_options, option
 from safelight.runtime.errors import InvalidRequest
 
 
@@ -28,7 +28,9 @@ class SamplingParams:
     seed: int | None = option(None, "of the noise; output i uses seed + i; unset: drawn")
     num_outputs_per_prompt: int | None = option(None, "pictures or videos per prompt")
     sampler: str | None = option(None, "flow-matching sampler, as `safelight models` lists them")
-    image_path: str = option("", "picture to start from: PNG, JPEG or WebP")
+    image_path: tuple[str, ...] = option(
+        (), "picture to start from or to edit: PNG, JPEG or WebP; again for more pictures, in order"
+    )
     true_cfg_scale: float | None = option(
         None, "classifier-free guidance of models that --guidance-scale steers another way; 1 switches it off"
     )
@@ -41,6 +43,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_options(self, InvalidRequest)
+        object.__setattr__(self, "image_path", as_tuple(self.image_path))  # a string or a list is taken too
 
     @staticmethod
     def of(request: Any) -> SamplingParams:

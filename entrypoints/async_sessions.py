@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelight.entrypoints import address_card, async_client
 from safelight.entrypoints.client import error_of_end
 from safelight.entrypoints.results import RequestMaker, Result
 from safelight.runtime.messages import Event, Priority, Progress, Status, Submit
 from safelight.runtime.ulid import new_ulid
+
+if TYPE_CHECKING:
+    from safelight.entrypoints.pictures import PictureLike
 
 
 class AsyncJob:
@@ -65,10 +68,11 @@ class AsyncClient:
         deadline_s: float | None = None,
         output_format: str | None = None,
         output_quality: int | None = None,
+        images: Sequence[PictureLike] = (),
         **params: Any,
     ) -> AsyncJob:
         """As Client.submit."""
-        request = await asyncio.to_thread(self._maker.make, prompt, output_format, output_quality, **params)
+        request = await asyncio.to_thread(self._maker.make, prompt, output_format, output_quality, images, **params)
         job = new_ulid()
         await self._wire.submit(Submit(job, self._owner, request, not detach, Priority(priority), deadline_s))
         if not detach:

@@ -38,7 +38,7 @@ def merged(given: dict[str, Any], config: Path | None, configs: Sequence[type]) 
     known = {field.name for kind in configs for field in dataclasses.fields(kind)}
     values = {name: value for name, value in from_environment(os.environ).items() if name in known}
     values |= load_config(config, configs) if config else {}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values |= {name: value for name, value in given.items() if value is not None and value not in ([], ())}
     return [{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values} for kind in configs]
 
 
@@ -68,7 +68,7 @@ def _fields(config: type) -> list[tuple[dataclasses.Field[Any], type]]:
 
 def _parameter(field: dataclasses.Field[Any], kind: type, panel: str) -> inspect.Parameter:
     name, choices = flag(field.name), field.metadata["choices"]
-    shown = "" if field.default in (None, "") or kind is bool else f" (default: {field.default})"
+    shown = "" if field.default in (None, "", ()) or kind is bool else f" (default: {field.default})"
     option = typer.Option(
         f"{name}/--no-{name[2:]}" if field.default is True else name,
         help=field.metadata["help"] + shown,
@@ -76,5 +76,6 @@ def _parameter(field: dataclasses.Field[Any], kind: type, panel: str) -> inspect
         show_default=False,
         rich_help_panel=panel,
     )
-    annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045
+    given: Any = list[str] if kind is tuple else kind  # a list: the flag may be repeated
+    annotation = Annotated[Optional[given], option]  # noqa: UP045
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

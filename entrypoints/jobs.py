@@ -16,8 +16,9 @@ from safelight.configs.families import FAMILIES, ModelSpec, check_images
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.options import did_you_mean
 from safelight.configs.sampling_params import SamplingParams
+from safelight.entrypoints.pictures import from_paths
 from safelight.runtime.errors import ConfigError, InvalidRequest, SafelightError
-from safelight.runtime.inputs import InputStore, Picture, check_picture
+from safelight.runtime.inputs import InputStore, Picture
 from safelight.runtime.messages import GenerationRequest, InputImage, MediaFormat, MediaSpec
 
 _SEEDS = 2**31
@@ -61,19 +62,29 @@ def read_jobs(params: SamplingParams, files: GenerateArgs) -> list[tuple[str, Sa
     return jobs
 
 
-def check_jobs(spec: ModelSpec, found: Sequence[tuple[str, SamplingParams]], files: GenerateArgs) -> list[Job]:
-    """Fills every unset parameter and checks all jobs. Raises InvalidRequest or ConfigError naming line and flag."""
+def check_jobs(
+    spec: ModelSpec,
+    found: Sequence[tuple[str, SamplingParams]],
+    files: GenerateArgs,
+    images: tuple[Picture, ...] = (),
+) -> list[Job]:
+    """Fills every unset parameter and checks all jobs; `images` are of each, unless it names its own by path.
+
+    Raises InvalidRequest or ConfigError naming line and flag.
+    """
     return [
-        _at(where, lambda n=number, p=params: _check(spec, p, files, n, len(found)))
+        _at(where, lambda n=number, p=params: _check(spec, p, files, n, len(found), images))
         for number, (where, params) in enumerate(found, 1)
     ]
 
 
-def _check(spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number: int, total: int) -> Job:
+def _check(
+    spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number: int, total: int, images: tuple[Picture, ...]
+) -> Job:
     family = FAMILIES[spec.family]
-    images = _pictures(params)
-    check_images(spec, len(images))
-    complete = params.merged_over(_size_of(images, spec)).merged_over(spec.defaults)
+    check_images(spec, len(params.image_path or images))  # before they are read
+    images = from_paths(params.image_path) or images
+    complete = sized(spec, params, images)
     if complete.seed is None:
         complete = dataclasses.replace(complete, seed=secrets.randbelow(_SEEDS))
     family.validate(spec, complete)
@@ -82,16 +93,9 @@ def _check(spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number:
     return Job(number, total, complete, media, family.profile(spec, complete).chunk_bytes, images)
 
 
-def _pictures(params: SamplingParams) -> tuple[Picture, ...]:
-    """The checked picture of --image-path."""
-    if not params.image_path:
-        return ()
-    try:
-        data = Path(params.image_path).expanduser().read_bytes()
-    except OSError as error:
-        message = f"--image-path: {params.image_path} cannot be read: {error}"
-        raise InvalidRequest(message, param="image_path") from error
-    return (check_picture(data),)
+def sized(spec: ModelSpec, params: SamplingParams, images: tuple[Picture, ...]) -> SamplingParams:
+    """Complete parameters: an unset size is that of the pictures, or the model's."""
+    return params.merged_over(_size_of(images, spec)).merged_over(spec.defaults)
 
 
 def _size_of(images: tuple[Picture, ...], spec: ModelSpec) -> SamplingParams:

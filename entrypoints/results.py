@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.configs.families import ModelSpec
+from safelight.configs.families import ModelSpec, check_images
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.jobs import check_jobs, load_tokenizer, request_of
-from safelight.runtime.errors import JobFailed
+from safelight.entrypoints.pictures import check_list, from_likes
+from safelight.runtime.errors import InvalidRequest, JobFailed
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.messages import Artifact, GenerationRequest
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
+
+    from safelight.entrypoints.pictures import PictureLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +57,24 @@ class RequestMaker:
         self._spec, self._tokenizer, self._inputs = spec, load_tokenizer(spec), inputs
 
     def make(
-        self, prompt: str, output_format: str | None, output_quality: int | None, **params: Any
+        self,
+        prompt: str,
+        output_format: str | None,
+        output_quality: int | None,
+        images: Sequence[PictureLike] = (),
+        **params: Any,
     ) -> GenerationRequest:
         """`params` are SamplingParams' fields. Raises InvalidRequest and ConfigError naming the parameter."""
         files = GenerateArgs(output_format=output_format, output_quality=output_quality)
-        (job,) = check_jobs(self._spec, [("", SamplingParams(prompt=prompt, **params))], files)
-        images = tuple(self._inputs.add(picture) for picture in job.images)
-        return request_of(self._tokenizer, job.params, job.media, images)
+        wanted = SamplingParams(prompt=prompt, **params)
+        check_list(images)
+        if images and wanted.image_path:
+            raise InvalidRequest("one of images and image_path expected, got both", param="images")
+        if not wanted.image_path:
+            check_images(self._spec, len(images), "images")
+        (job,) = check_jobs(self._spec, [("", wanted)], files, from_likes(images))
+        stored = tuple(self._inputs.add(picture) for picture in job.images)
+        return request_of(self._tokenizer, job.params, job.media, stored)
 
 
 def _frames(path: Path) -> npt.NDArray[np.uint8]:

@@ -24,6 +24,7 @@ from safelight.entrypoints.model_path import find_root
 from safelight.runtime import hub, logs
 from safelight.runtime.errors import ConfigError, InvalidRequest, StartupError
 from safelight.runtime.launch.devices import resolve_device
+from safelight.runtime.launch.folders import INPUTS
 from safelight.runtime.launch.specs import check_layout, precisions
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Endpoints, FrontendSpec, RequestLimits, ServedModel
@@ -124,7 +125,10 @@ class _Serve:
         check_layout(args, root)
         limits = self._limits(spec)
         server = Supervisor(
-            args, root, frame_bytes(spec, limits.max_pixels), lambda ends: self._frontend(args, root, limits, ends)
+            args,
+            root,
+            frame_bytes(spec, limits.max_pixels),
+            lambda ends: self._frontend(args, root, limits, ends, server),
         )
         try:
             interrupts.drain_on_terminate()
@@ -163,13 +167,19 @@ class _Serve:
             http.max_steps,
             http.max_outputs,
             round(http.max_body_mb * 1e6),
+            round(http.max_input_mb * 1e6),
         )
 
-    def _frontend(self, args: ServerArgs, root: Path, limits: RequestLimits, ends: Endpoints) -> FrontendSpec:
+    def _frontend(
+        self, args: ServerArgs, root: Path, limits: RequestLimits, ends: Endpoints, server: Supervisor
+    ) -> FrontendSpec:
         dit, vae = precisions(args, resolve_device(args.device, args.num_gpus))
         name = args.model_path or "builtin"
         model = ServedModel(name, str(root), args.num_gpus, dit, vae, args.backend, args.trust_remote_code)
-        return FrontendSpec(ends, self._listening.fileno(), model, limits, self._keys, args.log_level)
+        return FrontendSpec(
+            ends, self._listening.fileno(), model, limits, self._keys, args.log_level,
+            str(server.state_folder / INPUTS), self._http.allow_url_inputs,
+        )  # fmt: skip
 
 
 def say(text: str) -> None:

@@ -6,10 +6,10 @@ Both belong to one thread. Errors are the classes of `safelight.runtime.errors`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from safelight.configs.families import ModelSpec, identify
 from safelight.configs.server_args import ServerArgs
@@ -20,6 +20,9 @@ from safelight.entrypoints.serve import MIN_PIXELS, frame_bytes
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Endpoints, Event, Priority, Progress, Status
+
+if TYPE_CHECKING:
+    from safelight.entrypoints.pictures import PictureLike
 
 
 class Job:
@@ -68,13 +71,15 @@ class Session:
         deadline_s: float | None = None,
         output_format: str | None = None,
         output_quality: int | None = None,
+        images: Sequence[PictureLike] = (),
         **params: Any,
     ) -> Job:
-        """Returns once the job is journalled. `params` are the sampling parameters of `safelight generate`.
+        """Returns once the job is journalled. `params` are the sampling parameters of `safelight generate`; `images`
+        are the pictures to start from: paths, bytes of files, or pictures of PIL.
 
         A detached job outlives this client, another ends soon after it. Raises InvalidRequest, Overloaded, ...
         """
-        request = self._maker.make(prompt, output_format, output_quality, **params)
+        request = self._maker.make(prompt, output_format, output_quality, images, **params)
         name = self._wire.submit(request, attached=not detach, priority=Priority(priority), deadline_s=deadline_s)
         return Job(self._wire, name)
 

@@ -794,6 +794,7 @@ class RequestLimits(Part):
     max_steps: int
     max_outputs: int
     max_body_bytes: int
+    max_input_bytes: int  # of bodies that may bring pictures
 
 
 class ServedModel(Part):
@@ -817,6 +818,8 @@ class FrontendSpec(Part):
     limits: RequestLimits
     api_keys: tuple[tuple[str, str], ...]
     log_level: str
+    input_dir: str  # where pictures of requests are kept
+    allow_url_inputs: bool = False
 
 
 class WorkerSpec(Part):

@@ -84,14 +84,14 @@ def _not_native(name: object) -> str:
     return f"no native family runs {name}; they run {known}"
 
 
-def check_images(spec: ModelSpec, count: int) -> None:
-    """Raises InvalidRequest unless the model takes that many pictures with a request."""
+def check_images(spec: ModelSpec, count: int, param: str = "image_path") -> None:
+    """Raises InvalidRequest naming `param` unless the model takes that many pictures with a request."""
     least, most = spec.images
     if not least <= count <= most:
         wanted = str(most) if least == most else f"{least} to {most}"
         raise InvalidRequest(
             f"pictures with a request: {wanted} expected by {spec.variant} ({spec.task}), got {count}",
-            param="image_path",
+            param=param,
         )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safelight.configs.families.base import Capabilities, Family, ModelSpec
@@ -26,12 +27,19 @@ GUIDANCE, TRUE_CFG = "guidance_scale", "true_cfg_scale"
 CALLBACKS = ("callback_on_step_end", "callback")
 # What a request can fill, and what only this program may.
 REQUESTED = (
-    "prompt", "negative_prompt", "image", "height", "width", "num_inference_steps", GUIDANCE, TRUE_CFG,
+    "prompt", "negative_prompt", "image", "last_image", "height", "width", "num_inference_steps", GUIDANCE, TRUE_CFG,
     *CFG_EXTRAS, *FRAMES, *RATES,
 )  # fmt: skip
 OWNED = (
     "generator", "output_type", "return_dict", "callback_steps", "callback_on_step_end_tensor_inputs",
     "num_images_per_prompt", "num_videos_per_prompt", "latents", *CALLBACKS,
+)  # fmt: skip
+LAST_IMAGE = "last_image"  # what a second picture is to pipelines that make a video between two
+# Pipelines whose `image` may be a list of pictures that one result is made of, and how many their models were made for.
+SEVERAL_IMAGES: Mapping[str, int] = MappingProxyType(
+    {
+        "QwenImageEditPlusPipeline": 3, "Flux2Pipeline": 10, "Flux2KleinPipeline": 4, "Flux2KleinKVPipeline": 4,
+    }
 )  # fmt: skip
 _UNSUPPORTED_INPUTS = ("mask_image", "control_image", "video", "audio", "audio_length_in_s", "audio_end_in_s")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -67,7 +75,7 @@ def _identify(index: Mapping[str, Any], root: Path, *, trust_remote_code: bool) 
     spec = ModelSpec(
         "diffusers", call.name, root, _task(call), SamplingParams(), transformer=denoiser, vae=vae,
         sampler=configs.get("scheduler", {}), call=call, weights=weights,
-        images=(int(needs_image(call)), int("image" in call)),
+        images=(int(needs_image(call)), _most_images(call)),
         image_grid=0 if "height" in call or "image" not in call else spatial_scale(vae),
     )  # fmt: skip
     return dataclasses.replace(spec, defaults=_defaults(spec, call))
@@ -152,6 +160,11 @@ def needs_image(call: CallSignature) -> bool:
     return "image" in call.required or (
         "image" in call and ("strength" in call or any(word in call.name for word in edits))
     )
+
+
+def _most_images(call: CallSignature) -> int:
+    """A list means several pictures of one request to few pipelines; to the others it is a batch of requests."""
+    return SEVERAL_IMAGES.get(call.name, 1 + (LAST_IMAGE in call)) if "image" in call else 0
 
 
 def is_video(call: CallSignature) -> bool:

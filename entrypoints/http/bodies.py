@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,7 +16,14 @@ from safelight.entrypoints.http.schemas import IGNORED
 from safelight.runtime.errors import InvalidRequest
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-FILES = frozenset({"input_reference", "image", "image[]", "mask"})
+FILES = ("image", "image[]", "input_reference")  # what may be a file in a form, in this order
+LISTS = frozenset({*FILES, "url", "url[]"})  # and may be there several times
+_REFUSED: Mapping[str, str] = MappingProxyType({
+    "image": "a picture to start from is for /v1/images/edits",
+    "image[]": "pictures to start from are for /v1/images/edits",
+    "input_reference": "a picture to start from is for /v1/videos, or image of /v1/images/edits",
+    "mask": "this server edits whole pictures; leave the mask out",
+})  # fmt: skip
 _PATH = re.compile(r"`\$\.(?P<at>\w+)|missing required field `(?P<missing>\w+)`")
 _WARNING_LENGTH = 1000
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -22,19 +31,25 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 async def read(request: Request, kind: type[Body]) -> tuple[Body, list[str]]:
     """The body and what to warn of. Raises InvalidRequest naming the parameter."""
+    body, _files, warnings = await read_with_files(request, kind)
+    return body, warnings
+
+
+async def read_with_files(request: Request, kind: type[Body]) -> tuple[Body, tuple[bytes, ...], list[str]]:
+    """As `read`, and the files of a form; what clients call them, and say of their type, is not looked at."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = content_type in FORMS
-    values = await _form(request) if form else _json(await request.body())
+    known = set(kind.__struct_encode_fields__)
+    values, files = await _form(request, known) if form else (_json(await request.body()), ())
     values = {name: value for name, value in values.items() if value is not None}
-    known = set(kind.__struct_fields__)
-    for name in FILES & values.keys():
-        raise InvalidRequest(f"{name}: requests cannot bring pictures yet; leave it out", param=name)
+    for name in _REFUSED.keys() & values.keys() - known:
+        raise _refused(name)
     unknown = sorted(values.keys() - known - IGNORED)
     try:
         body = msgspec.convert({k: v for k, v in values.items() if k in known}, kind, strict=not form)
     except msgspec.ValidationError as error:
         raise invalid(error) from None
-    return body, [f"unknown field {name!r} was ignored{_near(name, known)}" for name in unknown]
+    return body, files, [f"unknown field {name!r} was ignored{_near(name, known)}" for name in unknown]
 
 
 def _near(name: str, known: set[str]) -> str:
@@ -67,11 +82,23 @@ def _json(content: bytes) -> dict[str, Any]:
     return values
 
 
-async def _form(request: Request) -> dict[str, Any]:
-    async with request.form(max_files=8, max_fields=200) as form:
+def _refused(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{name}: {_REFUSED.get(name, 'text expected, got a file')}", param=name)
+
+
+async def _form(request: Request, known: set[str]) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+    async with request.form(max_files=20, max_fields=200) as form:
         values: dict[str, Any] = {}
+        files: dict[str, list[bytes]] = {name: [] for name in FILES}
         for name, value in form.multi_items():
-            if name in values:
+            if isinstance(value, UploadFile):
+                if name not in FILES or name not in known:
+                    raise _refused(name)
+                files[name].append(await value.read())
+            elif name in LISTS and name in known:
+                values.setdefault(name, []).append(value)
+            elif name in values:
                 raise InvalidRequest(f"{name} is there twice", param=name)
-            values[name] = value.filename if isinstance(value, UploadFile) else value
-        return values
+            else:
+                values[name] = value
+        return values, tuple(content for name in FILES for content in files[name])

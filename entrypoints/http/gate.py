@@ -5,7 +5,8 @@ from __future__ import annotations
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -19,10 +20,17 @@ DEFAULT_OWNER = "local"
 
 
 class Gate:
-    """`api_keys`: (owner, key); without any, everybody is the default owner."""
+    """`api_keys`: (owner, key); without any, everybody is the default owner. `larger`: by path."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[tuple[str, str]], max_body: int, metrics: Metrics) -> None:
-        self._app, self._max_body, self._metrics = app, max_body, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: Sequence[tuple[str, str]],
+        max_body: int,
+        metrics: Metrics,
+        larger: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self._app, self._max_body, self._metrics, self._larger = app, max_body, metrics, larger
         self._api_keys = [(owner, key.encode()) for owner, key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,11 +65,12 @@ class Gate:
             await refusal(scope, receive, send)
             return
         scope.setdefault("state", {})["owner"] = owner
+        most = self._larger.get(scope["path"], self._max_body)
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body:
-            await errors.of_status(413, self._too_large())(scope, receive, send)
+        if length.isdecimal() and int(length) > most:
+            await errors.of_status(413, _too_large(most))(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, _limited(receive, most), send)
 
     def _owner(self, path: str, headers: Headers) -> str | None:
         """Compares with every key, in constant time each: how long it takes tells nothing."""
@@ -72,21 +81,23 @@ class Gate:
         matches = [owner for owner, known in self._api_keys if hmac.compare_digest(known, key)]
         return matches[0] if matches else None
 
-    def _limited(self, receive: Receive) -> Receive:
-        total = 0
 
-        async def limited() -> Message:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self._max_body:
-                raise HTTPException(413, self._too_large())
-            return message
+def _limited(receive: Receive, most: int) -> Receive:
+    total = 0
 
-        return limited
+    async def limited() -> Message:
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > most:
+            raise HTTPException(413, _too_large(most))
+        return message
 
-    def _too_large(self) -> str:
-        return f"this server takes requests of at most {self._max_body} bytes"
+    return limited
+
+
+def _too_large(most: int) -> str:
+    return f"this server takes requests of at most {most} bytes here"
 
 
 def _method(scope: Scope) -> str:

@@ -15,7 +15,16 @@ from starlette.responses import Response
 from safelight.configs.families import FAMILIES
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.http import bodies, replies
-from safelight.entrypoints.http.schemas import Image, ImageEvent, ImageRequest, ImagesReply, TokenDetails, Usage
+from safelight.entrypoints.http.pictures import Brought, urls_of
+from safelight.entrypoints.http.schemas import (
+    Image,
+    ImageEditRequest,
+    ImageEvent,
+    ImageRequest,
+    ImagesReply,
+    TokenDetails,
+    Usage,
+)
 from safelight.entrypoints.http.service import Service, Waiting, checked
 from safelight.runtime.errors import InvalidRequest, JobFailed, NotFound, SafelightError
 from safelight.runtime.messages import Artifact, GenerationRequest
@@ -25,13 +34,26 @@ _ID = re.compile(r"([0-9A-Za-z]{26})(?:-(\d{1,3}))?")
 
 async def create_image(request: Request) -> Response:
     """POST /v1/images/generations: answers when the pictures are there; the client's end cancels them."""
-    service: Service = request.app.state.service
     body, warnings = await bodies.read(request, ImageRequest)
+    return await _answer(request, body, Brought("image"), warnings)
+
+
+async def edit_image(request: Request) -> Response:
+    """POST /v1/images/edits: as a generation, from pictures that the request brings."""
+    body, files, warnings = await bodies.read_with_files(request, ImageEditRequest)
+    inline = urls_of(body.image, body.images)
+    addresses = urls_of(body.url, body.urls)
+    brought = Brought("url" if addresses and not (files or inline) else "image", files, (*inline, *addresses))
+    return await _answer(request, body, brought, warnings)
+
+
+async def _answer(request: Request, body: ImageRequest, brought: Brought, warnings: list[str]) -> Response:
+    service: Service = request.app.state.service
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images needs stream: true", param="partial_images")
     if body.partial_images:
         warnings.append("partial_images: no previews are made yet; the completed picture is the only event")
-    waiting = await service.submit(request, body)
+    waiting = await service.submit(request, body, brought)
     headers = bodies.warning_header(warnings)
     if body.stream:
         return replies.events(_stream(service, waiting, body), headers)
@@ -68,15 +90,14 @@ async def _stream(service: Service, waiting: Waiting, body: ImageRequest) -> Asy
             async for event in service.client.events(waiting.job, waiting.owner):
                 if event.status is not None:
                     for artifact in checked(event).artifacts:
-                        yield replies.event(
-                            "image_generation.completed", await _completed(service, waiting, body, artifact)
-                        )
+                        yield replies.event(body.completed, await _completed(service, waiting, body, artifact))
         except SafelightError as error:
             yield replies.error_event(error)
 
 
 async def _completed(service: Service, waiting: Waiting, body: ImageRequest, artifact: Artifact) -> ImageEvent:
     return ImageEvent(
+        type=body.completed,
         b64_json=await asyncio.to_thread(_base64, artifact),
         created_at=int(time.time()),
         output_format=body.output_format,

@@ -66,10 +66,22 @@ def _operation(operation: Operation, *, keys: bool) -> dict[str, Any]:
     if operation.body is not None:
         types = (JSON, *_FORMS) if operation.forms else (JSON,)
         content = {media: {"schema": _ref(operation.body)} for media in types}
+        if operation.files:
+            content[_FORMS[0]] = {"schema": _with_files(operation.body, operation.files)}
         found["requestBody"] = {"required": True, "content": content}
     if keys and not operation.is_open:
         found["security"] = [{"key": []}]
     return found
+
+
+def _with_files(body: type[msgspec.Struct], files: tuple[str, ...]) -> dict[str, Any]:
+    """The schema of a body as a form, whose pictures are files."""
+    _, components = msgspec.json.schema_components([body])
+    schema = dict(components[body.__name__])
+    file = {"type": "string", "format": "binary"}
+    picture = {"anyOf": [file, {"type": "array", "items": file}], "description": "PNG, JPEG or WebP"}
+    _allow_nulls(schema)
+    return {**schema, "properties": {**schema["properties"], **dict.fromkeys(files, picture)}}
 
 
 def _reply(description: str, media: Mapping[str, type[msgspec.Struct] | None]) -> dict[str, Any]:

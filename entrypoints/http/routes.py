@@ -37,6 +37,7 @@ class Operation:
     replies: Mapping[str, type[msgspec.Struct] | None]
     body: type[msgspec.Struct] | None = None
     forms: bool = False
+    files: tuple[str, ...] = ()  # fields of the body that are files in a form
     parameters: tuple[Parameter, ...] = ()
     also: Mapping[int, type[msgspec.Struct] | None] = field(default_factory=dict)
     is_open: bool = False
@@ -65,8 +66,15 @@ def operations() -> tuple[Operation, ...]:
             "POST", "/v1/images/generations", images.create_image, {JSON: schemas.ImagesReply, SSE: None},
             body=schemas.ImageRequest, forms=True,
         ),
+        Operation(
+            "POST", "/v1/images/edits", images.edit_image, {JSON: schemas.ImagesReply, SSE: None},
+            body=schemas.ImageEditRequest, forms=True, files=("image", "image[]"),
+        ),
         Operation("GET", "/v1/images/{id}/content", images.image_content, _MEDIA, also={206: None}),
-        Operation("POST", "/v1/videos", videos.create_video, video, body=schemas.VideoRequest, forms=True),
+        Operation(
+            "POST", "/v1/videos", videos.create_video, video, body=schemas.VideoRequest, forms=True,
+            files=("input_reference",),
+        ),
         Operation("GET", "/v1/videos", videos.list_videos, {JSON: schemas.VideoList}, parameters=_LIST),
         Operation("GET", "/v1/videos/{id}", videos.get_video, video),
         Operation("DELETE", "/v1/videos/{id}", videos.delete_video, {JSON: schemas.VideoDeleted}),

@@ -6,7 +6,7 @@ ones are named in a response header. Replies are strict: they are made of struct
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -37,11 +37,14 @@ CfgTruncation = Annotated[
         description="share of the way from noise to picture after which guidance is switched off; 1: never",
     ),
 ]
+Completed = Literal["image_generation.completed", "image_edit.completed"]
 Pixels = Annotated[int, Meta(ge=1, le=99_999)]
 
 
 class ImageRequest(msgspec.Struct, kw_only=True, frozen=True):
     """POST /v1/images/generations."""
+
+    completed: ClassVar[Completed] = "image_generation.completed"
 
     prompt: Prompt
     model: Annotated[str, Meta(description="as /v1/models names it; absent: the one that is served")] | None = None
@@ -62,6 +65,22 @@ class ImageRequest(msgspec.Struct, kw_only=True, frozen=True):
     height: Pixels | None = None
     width: Pixels | None = None
     sampler: str | None = None
+
+
+Pictures = Annotated[
+    str | list[str],
+    Meta(description="pictures: in a form files, else data: URLs, or http and https ones with --allow-url-inputs"),
+]
+
+
+class ImageEditRequest(ImageRequest, kw_only=True, frozen=True):
+    """POST /v1/images/edits: the fields of a generation, and the pictures to start from, in this order."""
+
+    completed: ClassVar[Completed] = "image_edit.completed"
+    image: Pictures | None = None
+    images: Pictures | None = msgspec.field(name="image[]", default=None)
+    url: Pictures | None = None
+    urls: Pictures | None = msgspec.field(name="url[]", default=None)
 
 
 class VideoRequest(msgspec.Struct, kw_only=True, frozen=True):
@@ -90,6 +109,7 @@ class VideoRequest(msgspec.Struct, kw_only=True, frozen=True):
     sampler: str | None = None
     output_format: Literal["mp4", "webp"] = "mp4"
     output_compression: Annotated[int, Meta(ge=0, le=100, description="quality of WebP")] | None = None
+    input_reference: Pictures | None = None
 
 
 # Fields of OpenAI's (and SGLang Diffusion's) requests without a meaning here: taken, and not warned of.
@@ -148,7 +168,7 @@ class ImagesReply(_Reply, frozen=True, kw_only=True):
 class ImageEvent(_Reply, frozen=True, kw_only=True):
     """The event of a streamed picture that is done."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Completed
     b64_json: str
     created_at: int
     output_format: Literal["png", "jpeg", "webp"]

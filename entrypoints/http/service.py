@@ -17,6 +17,7 @@ from safelight.entrypoints.async_client import AsyncClient
 from safelight.entrypoints.client import error_of
 from safelight.entrypoints.http.metrics import Metrics
 from safelight.entrypoints.http.monitor import Monitor
+from safelight.entrypoints.http.pictures import Brought, Intake
 from safelight.entrypoints.http.schemas import MAX_SEED, ImageRequest, VideoRequest
 from safelight.entrypoints.http.translate import Translator
 from safelight.runtime.errors import InvalidRequest, JobFailed, SafelightError
@@ -56,27 +57,31 @@ class Waiting:
 class Service:
     """One server's connection to the scheduler and output, and what it knows of its clients."""
 
-    def __init__(self, client: AsyncClient, translator: Translator, monitor: Monitor, metrics: Metrics) -> None:
+    def __init__(
+        self, client: AsyncClient, translator: Translator, monitor: Monitor, metrics: Metrics, intake: Intake
+    ) -> None:
         self.client, self.translator, self.monitor, self.metrics = client, translator, monitor, metrics
+        self._intake = intake
         self._attempts: dict[tuple[str, str, bytes], _Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
 
     # ---- submitting
 
-    async def submit(self, request: Request, body: ImageRequest | VideoRequest) -> Waiting:
+    async def submit(self, request: Request, body: ImageRequest | VideoRequest, brought: Brought) -> Waiting:
         """Submits a job, or joins the one of an earlier try. Raises what it is refused with."""
         owner: str = request.state.owner
         origin = "images" if isinstance(body, ImageRequest) else "videos"
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= MAX_KEY_LENGTH:
             raise InvalidRequest(f"Idempotency-Key: 1 to {MAX_KEY_LENGTH} characters expected", param="Idempotency-Key")
-        digest = (owner, origin, hashlib.sha256(msgspec.msgpack.encode(body)).digest())
+        content = type(body).__name__.encode() + msgspec.msgpack.encode(body) + brought.digest()
+        digest = (owner, origin, hashlib.sha256(content).digest())
         earlier = self._attempts.get(digest)
         if key is None and earlier is not None and _is_retry(request) and _fresh(earlier):
             submit = earlier.submit
         else:
-            submit = await self._new(body, owner, origin, key)
+            submit = await self._new(body, brought, owner, origin, key)
         self._remember(digest, submit)
         try:
             accepted = await self.client.submit(submit)
@@ -90,15 +95,17 @@ class Service:
         keyed = key is not None
         return Waiting(submit.job, owner, submit.request, accepted.existing, keyed, timeout, time.monotonic())
 
-    async def _new(self, body: ImageRequest | VideoRequest, owner: str, origin: str, key: str | None) -> Submit:
+    async def _new(
+        self, body: ImageRequest | VideoRequest, brought: Brought, owner: str, origin: str, key: str | None
+    ) -> Submit:
         job, seed = new_ulid(), None
         if key is not None:  # the same key is the same job, also after a restart: id and seed follow from it
             bits = hashlib.sha256("\0".join((owner, origin, key)).encode("utf-8", "surrogateescape")).digest()
             job, seed = from_bits(int.from_bytes(bits[:16])), int.from_bytes(bits[16:24]) % 2**31 % MAX_SEED
         if isinstance(body, ImageRequest):
-            made = await self.translator.image(body, seed)
+            made = await self.translator.image(body, seed, brought, self._intake)
         else:
-            made = await self.translator.video(body, seed)
+            made = await self.translator.video(body, seed, brought, self._intake)
         return Submit(job, owner, made, attached=origin == "images", origin=origin)
 
     async def _again_if_cancelled(self, submit: Submit, existing: bool) -> Any:

@@ -9,12 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safelight.configs.families import FAMILIES, identify
+from safelight.configs.families import FAMILIES, check_images, identify
 from safelight.configs.sampling_params import SamplingParams
-from safelight.entrypoints.http.schemas import ImageRequest, VideoRequest
-from safelight.entrypoints.jobs import load_tokenizer, request_of
+from safelight.entrypoints.http.pictures import Brought, Intake
+from safelight.entrypoints.http.schemas import ImageEditRequest, ImageRequest, VideoRequest
+from safelight.entrypoints.jobs import load_tokenizer, request_of, sized
 from safelight.runtime.errors import InvalidRequest, NotFound
-from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec, RequestLimits, ServedModel
+from safelight.runtime.inputs import Picture
+from safelight.runtime.messages import (
+    GenerationRequest,
+    InputImage,
+    MediaFormat,
+    MediaSpec,
+    RequestLimits,
+    ServedModel,
+)
 
 _SEEDS = 2**31
 _DEFAULT_SECONDS = 2.0  # of a model whose default is a picture
@@ -43,14 +52,19 @@ class Translator:
         """What the served model may be called; the first is its id."""
         return tuple(dict.fromkeys((self.model.id, self.spec.variant, Path(self.model.root).name)))
 
-    async def image(self, body: ImageRequest, seed: int | None) -> GenerationRequest:
-        """`seed` is taken when the body has none; drawn when that is None too. Raises InvalidRequest, NotFound."""
+    async def image(self, body: ImageRequest, seed: int | None, brought: Brought, intake: Intake) -> GenerationRequest:
+        """`seed` is taken when the body has none; drawn when that is None too. The pictures are taken last.
+
+        Raises InvalidRequest, NotFound.
+        """
+        if isinstance(body, ImageEditRequest) and self.spec.task == "image-to-video":
+            raise InvalidRequest(f"{self.model.id} makes videos from pictures; use /v1/videos", param="model")
         height, width = _size(body)
         params = self._params(body, seed, height=height, width=width, num_frames=1, num_outputs_per_prompt=body.n)
         media = MediaSpec(_STILLS[body.output_format], body.output_compression)
-        return await self._request(body, params, media)
+        return await self._request(body, params, media, brought, intake)
 
-    async def video(self, body: VideoRequest, seed: int | None) -> GenerationRequest:
+    async def video(self, body: VideoRequest, seed: int | None, brought: Brought, intake: Intake) -> GenerationRequest:
         """As `image`."""
         if self.spec.task.endswith("image"):
             raise InvalidRequest(f"{self.model.id} makes pictures only; use /v1/images/generations", param="model")
@@ -60,7 +74,8 @@ class Translator:
             params = self._lasting(params, body.seconds or _DEFAULT_SECONDS)
         elif body.num_frames is not None and body.seconds is not None:
             raise InvalidRequest("one of seconds and num_frames expected, got both", param="seconds")
-        return await self._request(body, params, MediaSpec(_VIDEOS[body.output_format], body.output_compression))
+        media = MediaSpec(_VIDEOS[body.output_format], body.output_compression)
+        return await self._request(body, params, media, brought, intake)
 
     def _params(self, body: ImageRequest | VideoRequest, seed: int | None, **more: Any) -> SamplingParams:
         self.check_model(body.model)
@@ -99,19 +114,40 @@ class Translator:
         raise error
 
     async def _request(
-        self, body: ImageRequest | VideoRequest, params: SamplingParams, media: MediaSpec
+        self,
+        body: ImageRequest | VideoRequest,
+        params: SamplingParams,
+        media: MediaSpec,
+        brought: Brought,
+        intake: Intake,
     ) -> GenerationRequest:
-        self._check_input(body)
+        self._check_count(body, brought)
         self._check(body, params)
-        return await asyncio.to_thread(request_of, self._tokenizer, params, media)  # long prompts take milliseconds
+        images: tuple[InputImage, ...] = ()
+        if brought.count:
+            height, width = _size(body)
+            given = dataclasses.replace(params, height=height, width=width)
 
-    def _check_input(self, body: ImageRequest | VideoRequest) -> None:
-        """Raises InvalidRequest for a model that starts from a picture, under OpenAI's name of that."""
-        if self.spec.images[0] > 0:
+            def check(pictures: tuple[Picture, ...]) -> None:
+                nonlocal params
+                params = sized(self.spec, given, pictures)
+                self._check(body, params)
+
+            images = await intake.take(brought, check)
+        return await asyncio.to_thread(request_of, self._tokenizer, params, media, images)  # milliseconds
+
+    def _check_count(self, body: ImageRequest | VideoRequest, brought: Brought) -> None:
+        """Raises InvalidRequest unless the model takes so many pictures, under the client's name of them."""
+        if not brought.count and self.spec.images[0] > 0 and not isinstance(body, ImageEditRequest):
+            where = "input_reference" if isinstance(body, VideoRequest) else "image of /v1/images/edits"
             raise InvalidRequest(
-                f"{self.model.id} ({self.spec.task}) starts from a picture, which HTTP requests cannot bring yet; use "
-                "safelight.Client, or `safelight generate --image-path`",
-                param="input_reference" if isinstance(body, VideoRequest) else "image",
+                f"{self.model.id} ({self.spec.task}) starts from a picture; send it as {where}", param=brought.param
+            )
+        check_images(self.spec, brought.count, brought.param)
+        if not brought.count and isinstance(body, ImageEditRequest):
+            raise InvalidRequest(
+                f"image: a picture to edit expected; {self.model.id} makes them from text at /v1/images/generations",
+                param="image",
             )
 
     def _check(self, body: ImageRequest | VideoRequest, params: SamplingParams) -> None:

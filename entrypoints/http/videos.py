@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from safelight.entrypoints.http import bodies, replies
+from safelight.entrypoints.http.pictures import Brought, urls_of
 from safelight.entrypoints.http.schemas import (
     Video,
     VideoDeleted,
@@ -32,8 +33,8 @@ _ID = re.compile(r"[0-9A-Za-z]{26}")
 async def create_video(request: Request) -> Response:
     """POST /v1/videos: answers at once with the queued video."""
     service: Service = request.app.state.service
-    body, warnings = await bodies.read(request, VideoRequest)
-    waiting = await service.submit(request, body)
+    body, files, warnings = await bodies.read_with_files(request, VideoRequest)
+    waiting = await service.submit(request, body, Brought("input_reference", files, urls_of(body.input_reference)))
     state = await service.client.job(waiting.job, waiting.owner)
     return _reply(service, state, bodies.warning_header(warnings))
 

@@ -97,6 +97,7 @@ def _gelu_beside(x, hidden, out, width, total, x_row, hidden_row,  # type: ignor
     tl.store(out + row * total + columns, tl.where(first, kept, activated), mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _modulated_rms(x, y, weight, factors, out, tokens, width, x_row, y_row, by_batch, by_token,  # type: ignore[no-untyped-def]
                    eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -187,6 +188,7 @@ def gelu_beside(x: Tensor, hidden: Tensor) -> Tensor:
     _gelu_beside[(batch * tokens, -(-total // _COLUMNS))](
         x, hidden, out, width, total, x.stride(1), hidden.stride(1), BLOCK=_COLUMNS
     )
+    return out
 
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:

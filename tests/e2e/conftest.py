@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from running_server import Running, Start
+from served import Served, serve
 
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints.client import Client
@@ -27,6 +29,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = ROOT / "scripts" / "make_checkpoint.py"
     subprocess.run([sys.executable, str(script), "wan2.1-t2v", str(target), "--size", "tiny"], check=True, cwd=ROOT)
     return target
+
+
+@pytest.fixture(scope="session")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Path]]:
+    """A tiny pipeline that starts from a picture, served as the documentation says, and its working directory."""
+    import diffusers_checkpoints
+
+    folder = tmp_path_factory.mktemp("editor")
+    diffusers_checkpoints.write("stable_diffusion_img2img", folder / "sd-img2img")
+    Image.effect_mandelbrot((72, 56), (-2, -1.5, 1, 1.5), 30).convert("RGB").save(folder / "photo.jpg")
+    flags = ("--model-path", "./sd-img2img", "--state-dir", "edit-state", "--allow-url-inputs", "--max-input-mb", "2")
+    with serve(*flags, cwd=folder) as served:
+        yield served, folder
 
 
 @pytest.fixture

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,9 @@ import diffusers_checkpoints
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 from running_server import Running, Start, request
-from served import serve
+from served import Served, serve
 
 import safelight
 from safelight.runtime.errors import InvalidRequest
@@ -124,15 +129,68 @@ def test_serve_answers_for_a_pipeline_of_diffusers(sd3: Path) -> None:
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "size")
 
 
-def test_python_clients_bring_a_picture_and_http_is_told_that_it_cannot(tmp_path: Path) -> None:
-    model = diffusers_checkpoints.write("stable_diffusion_img2img", tmp_path / "model")
-    image = str(Path(__file__).parents[2] / "docs" / "images" / "builtin_images.png")
+def test_http_and_python_clients_bring_a_picture(editor: tuple[Served, Path]) -> None:
+    served, folder = editor
+    photo, fields = folder / "photo.jpg", {"prompt": "a dog", "num_inference_steps": "4", "seed": "1"}
+    with served.http() as http:
+        told = http.post("/v1/images/generations", json={"prompt": "a dog"})
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "image")
+        broken = http.post("/v1/images/edits", data=fields, files={"image": ("a", photo.read_bytes()[:500])})
+        assert (broken.status_code, broken.json()["error"]["param"]) == (400, "image")
+        own = http.post("/v1/images/edits", json={"prompt": "a dog", "url": f"{served.url}/v1/models"})
+        local = http.post("/v1/images/edits", json={"prompt": "a dog", "url": "http://localhost/photo.jpg"})
+        for refused, message in ((own, "port 80 or 443"), (local, "of the public internet")):
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "url")
+            assert message in refused.json()["error"]["message"]
+        large = http.post("/v1/images/edits", data=fields, files={"image": ("a", bytes(2_000_000))})
+        assert large.status_code == 413
+        reply = http.post("/v1/images/edits", data=fields, files={"image": ("a", photo.read_bytes())})
+        assert reply.status_code == 200, reply.text
+    edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["data"][0]["b64_json"]))))
+    assert edited.shape == (56, 72, 3)
+    with safelight.Client(folder / "edit-state") as client:
+        for picture in (photo, str(photo), photo.read_bytes(), Image.open(photo)):
+            made = client.generate("a dog", images=[picture], num_inference_steps=4, seed=1)
+            assert np.array_equal(np.asarray(made.images()[0]), edited)
+        other = client.generate("a dog", images=[Image.new("RGB", (72, 56))], num_inference_steps=4, seed=1)
+        assert not np.array_equal(np.asarray(other.images()[0]), edited), "the picture reaches the model"
+        for wrong in ([], [photo, photo]):
+            with pytest.raises(InvalidRequest, match="1 expected") as caught:
+                client.submit("a dog", images=wrong)
+            assert caught.value.param == "images"
+    command = [sys.executable, "-m", "safelight", "generate", "--model-path", str(folder / "sd-img2img")]
+    command += ["--prompt", "a dog", "--image-path", str(photo), "--image-path", str(photo)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "1 expected by StableDiffusionImg2ImgPipeline (image-to-image), got 2" in done.stderr.replace("\n", " ")
+
+
+def test_a_video_between_two_pictures_is_the_same_by_http_and_from_the_client(tmp_path: Path) -> None:
+    model = diffusers_checkpoints.write("wan_between", tmp_path / "model")
+    ends = [tmp_path / "first.png", tmp_path / "last.png"]
+    for path, colour in zip(ends, ((250, 20, 20), (20, 20, 250)), strict=True):
+        Image.new("RGB", (32, 32), colour).save(path)
+    fields: dict[str, Any] = {
+        "prompt": "it moves",
+        "num_frames": 5,
+        "num_inference_steps": 2,
+        "seed": 1,
+        "width": 32,
+        "height": 32,
+    }
     with serve("--model-path", str(model), "--state-dir", str(tmp_path / "state")) as served:
-        with served.http() as http:
-            reply = http.post("/v1/images/generations", json={"prompt": "a dog"})
-        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "image")
         with safelight.Client(tmp_path / "state") as client:
-            made = client.generate("a dog", image_path=image, width=32, height=32, num_inference_steps=4, seed=1)
-            assert made.images()[0].size == (32, 32)
-            with pytest.raises(InvalidRequest, match="pictures"):
-                client.submit("a dog")
+
+            def frames(*pictures: Path) -> npt.NDArray[np.uint8]:
+                return client.generate(images=pictures, output_format="npy", **fields).frames()[0]
+
+            expected, one, turned = frames(*ends), frames(ends[0]), frames(*ends[::-1])
+            video = client.generate(images=ends, **fields).paths[0].read_bytes()
+        assert expected.shape == (5, 32, 32, 3)
+        assert not np.array_equal(expected, one), "the second picture reaches the model"
+        assert not np.array_equal(expected, turned), "in order"
+        files = [("input_reference", (path.name, path.read_bytes(), "image/png")) for path in ends]
+        with served.http() as http:
+            made = http.post("/v1/videos", data={k: str(v) for k, v in fields.items()}, files=files).json()
+            served.until(f"/v1/videos/{made['id']}", lambda found: found["status"] == "completed")
+            assert http.get(f"/v1/videos/{made['id']}/content").content == video

@@ -34,15 +34,17 @@ def test_the_page_has_curl_sdk_and_client_examples() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_runs(server: tuple[Served, Path], number: int) -> None:
-    served, folder = server
+def test_an_example_runs(server: tuple[Served, Path], editor: tuple[Served, Path], number: int) -> None:
     language, code = EXAMPLES[number]
-    if code.startswith("safelight serve"):
-        assert "--state-dir state" in code  # this is what the fixture runs
+    of_editor = "30001" in code
+    if code.startswith("safelight serve"):  # this is what the fixtures run
+        assert ("--model-path ./sd-img2img " if of_editor else "safelight serve ") in code
+        assert f"--state-dir {'edit-state' if of_editor else 'state'}\n" in code
         return
+    served, folder = editor if of_editor else server
     port = served.url.rpartition(":")[2]
-    assert "30000" in code or language == "python"
-    code = code.replace("localhost:30000", f"127.0.0.1:{port}")
+    assert of_editor or "30000" in code or language == "python"
+    code = code.replace("localhost:30000", f"127.0.0.1:{port}").replace("localhost:30001", f"127.0.0.1:{port}")
     script = folder / f"example{number}.{'sh' if language == 'bash' else 'py'}"
     script.write_text(code)
     command = ["bash", "-euo", "pipefail", str(script)] if language == "bash" else [sys.executable, str(script)]

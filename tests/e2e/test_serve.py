@@ -144,16 +144,17 @@ def builtin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("version", ["2.54.0", "3.51.0", "3.54.0"])
-def test_the_openai_sdk_works_unmodified(builtin: Served, version: str) -> None:
+def test_the_openai_sdk_works_unmodified(builtin: Served, editor: tuple[Served, Path], version: str) -> None:
     folder = sdk_folder(version)
     paths = [str(folder)] if folder else [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(SUPPORT / "sdk_rows.py"), builtin.url, "org/builtin"]
+    command += [editor[0].url, str(editor[1] / "photo.jpg")]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["version"] == version
-    assert len(found["rows"]) >= 34
+    assert len(found["rows"]) >= 44
     failed = {name: result for name, result in found["rows"].items() if result != "pass"}
     assert not failed, "\n".join(f"{name}: {result}" for name, result in failed.items())
 

@@ -47,7 +47,7 @@ def test_fused_norm_of_heads_equals_its_definition(
     x = noise(batch, tokens, 3 * width, dtype=dtype).chunk(3, dim=-1)[1]  # rows as after a fused projection
     weight, angles = noise(dim, dtype=dtype), noise(tokens, dim // 2) * 10
     fused, plain = (
-        k.rms_norm_rope_heads(x, weight, angles.cos(), angles.sin(), 1e-6)
+        k.rms_norm_rope_heads(x, weight, angles.cos(), angles.sin(), 1e-6, None)
         for k in (triton_kernels(), reference_kernels())
     )
     assert fused.dtype == dtype

@@ -138,9 +138,30 @@ def ltx() -> Any:
     )  # fmt: skip
 
 
+def wan_between() -> Any:
+    """A video between a first and a last picture; no native family runs it."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = t5_tokenizer()
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    )
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=12, in_channels=36, out_channels=16,
+        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=1, rope_max_seq_len=64,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
 PIPELINES: Mapping[str, Callable[[], Any]] = MappingProxyType(
     {f.__name__: f for f in (stable_diffusion_img2img, stable_diffusion_pag, pixart,
-                             stable_diffusion_3, ltx)}
+                             stable_diffusion_3, ltx, wan_between)}
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import zmq
 
 from safelight.configs.http_args import HttpArgs
 from safelight.entrypoints.http import main
+from safelight.entrypoints.http.addresses import UrlPolicy
 from safelight.entrypoints.http.app import make_app
 from safelight.entrypoints.serve import listen
 from safelight.runtime import hub, transport
@@ -55,7 +56,7 @@ class FakeBackend:
         self.executions: list[str] = []
         self.cancelled: list[str] = []
         self.changed = threading.Condition()
-        self._folder = folder
+        self._folder, self.inputs = folder, folder / "inputs"
         self._orders: list[Callable[[], None]] = []
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="backend")
@@ -218,15 +219,16 @@ class FakeBackend:
                 self._events.send(event, peer)
 
 
-LIMITS = m.RequestLimits(1024 * 1024, 100, 50, 4, 1_000_000)
+LIMITS = m.RequestLimits(1024 * 1024, 100, 50, 4, 1_000_000, 4_000_000)
 
 
 @contextlib.contextmanager
-def http_server(backend: FakeBackend, **changes: Any) -> Iterator[str]:
+def http_server(backend: FakeBackend, *, policy: UrlPolicy | None = None, **changes: Any) -> Iterator[str]:
     """The real application on a free port, in a thread; yields its address."""
     model = m.ServedModel("org/builtin", str(hub.builtin_model()), 1, "fp32", "fp32")
-    spec = m.FrontendSpec(backend.endpoints, -1, model, LIMITS, (), "warning")
-    app = make_app(msgspec.structs.replace(spec, **changes))
+    backend.inputs.mkdir(exist_ok=True)
+    spec = m.FrontendSpec(backend.endpoints, -1, model, LIMITS, (), "warning", str(backend.inputs))
+    app = make_app(msgspec.structs.replace(spec, **changes), policy)
     server = main.http_server(app)
     listening = listen(HttpArgs(port=0))
     ended: list[BaseException] = []

@@ -1,6 +1,7 @@
 """The OpenAI SDK, unmodified, against a running server: one row for each fact that we rely on. Run as a program:
 
-PYTHONPATH=FOLDER_OF_THE_SDK python sdk_rows.py URL MODEL  ->  {"version": ..., "rows": {"sync NAME": "pass"}}
+PYTHONPATH=FOLDER_OF_THE_SDK python sdk_rows.py URL MODEL URL_OF_AN_EDITOR PHOTO
+->  {"version": ..., "rows": {"sync NAME": "pass"}}
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import base64
 import inspect
 import json
+import pathlib
 import sys
 import traceback
 import urllib.request
@@ -176,12 +178,58 @@ class Rows:
         assert reply["object"] == "video"
 
 
-async def run(kind: str, client: Any, model: str) -> dict[str, str]:
-    found, rows = {}, Rows(client, model)
-    for name, row in inspect.getmembers(rows, inspect.iscoroutinefunction):
-        if name in ("call", "each", "refused", "video"):
+class EditRows(Rows):
+    """Against a server whose model starts from one picture, 72 pixels wide and 56 high, and makes one as large."""
+
+    photo: Any = None  # a path
+
+    async def edited(self, image: Any, **more: Any) -> Any:
+        return await self.call(
+            self.client.images.edit(image=image, prompt="as a watercolour", extra_body={**STEPS, "seed": 3}, **more)
+        )
+
+    async def a_file_is_edited(self) -> None:
+        with open(self.photo, "rb") as file:
+            reply = await self.edited(file)
+        assert base64.b64decode(reply.data[0].b64_json)[:4] == b"\x89PNG", reply
+        assert reply.to_dict()["size"] == "72x56"
+
+    async def a_list_of_one_path_with_a_hostile_name_is_the_same(self) -> None:
+        content = pathlib.Path(self.photo).read_bytes()
+        one = await self.edited([pathlib.Path(self.photo)])
+        other = await self.edited(("../../x", content, "text/plain"), n=2, size="72x56", quality="high")
+        assert one.data[0].b64_json == other.data[0].b64_json != other.data[1].b64_json
+
+    async def an_edit_streams(self) -> None:
+        with open(self.photo, "rb") as file:
+            events = await self.each(
+                self.client.images.edit(image=file, prompt="a", stream=True, partial_images=2, extra_body=STEPS)
+            )
+        assert events[-1].type == "image_edit.completed", events
+        assert events[-1].usage.output_tokens > 0
+        assert all(event.type == "image_edit.partial_image" for event in events[:-1])
+
+    async def an_edit_comes_at_a_url_as_jpeg(self) -> None:
+        with open(self.photo, "rb") as file:
+            reply = await self.edited(file, response_format="url", output_format="jpeg", output_compression=50)
+        assert urllib.request.urlopen(reply.data[0].url).read()[:2] == b"\xff\xd8"
+
+    async def two_pictures_a_mask_and_no_picture_are_refused_by_name(self) -> None:
+        path = pathlib.Path(self.photo)
+        error = await self.refused(openai.BadRequestError, lambda: self.edited([path, path]))
+        assert (error.param, "1 expected" in error.message) == ("image", True)
+        error = await self.refused(openai.BadRequestError, lambda: self.edited(path, mask=path))
+        assert error.param == "mask"
+        error = await self.refused(openai.BadRequestError, lambda: self.edited(b"no picture"))
+        assert error.param == "image"
+
+
+async def run(kind: str, rows: Rows) -> dict[str, str]:
+    found = {}
+    for name, row in vars(type(rows)).items():  # its own rows, without those of a base
+        if name in ("call", "each", "refused", "video", "edited") or not inspect.iscoroutinefunction(row):
             continue
-        check: Callable[[], Awaitable[None]] = row
+        check: Callable[[], Awaitable[None]] = getattr(rows, name)
         try:
             await check()
             found[f"{kind} {name}"] = "pass"
@@ -192,9 +240,11 @@ async def run(kind: str, client: Any, model: str) -> dict[str, str]:
 
 async def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # the SDK marks videos as deprecated
-    url, model = sys.argv[1:]
-    rows = await run("sync", openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0), model)
-    rows |= await run("async", openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0), model)
+    url, model, edits, EditRows.photo = sys.argv[1:]
+    rows: dict[str, str] = {}
+    for kind, make in (("sync", openai.OpenAI), ("async", openai.AsyncOpenAI)):
+        rows |= await run(kind, Rows(make(base_url=url + "/v1", api_key="none", max_retries=0), model))
+        rows |= await run(kind, EditRows(make(base_url=edits + "/v1", api_key="none", max_retries=0), ""))
     print(json.dumps({"version": openai.__version__, "rows": rows}))
 
 

@@ -8,12 +8,16 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from safelight.configs.families import ModelSpec, identify
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints import saving
+from safelight.entrypoints.cli import app
+from safelight.entrypoints.flags import parsed
 from safelight.entrypoints.jobs import check_jobs, read_jobs, unknown_words
+from safelight.entrypoints.pictures import check_list, from_likes
 from safelight.entrypoints.saving import file_name, prepare_folder, save
 from safelight.runtime.errors import ConfigError, InvalidRequest, JobFailed
 from safelight.runtime.messages import Artifact, MediaFormat
@@ -166,3 +170,34 @@ def test_an_output_folder_that_cannot_be_is_found_before_the_work(tmp_path: Path
         prepare_folder(tmp_path / "file" / "folder")
     prepare_folder(tmp_path / "new" / "deep")
     assert (tmp_path / "new" / "deep").is_dir()
+
+
+def test_a_job_has_the_pictures_of_its_flags_config_or_line_in_order(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("image-path: [a.png, b.png]\n")
+    given = [(["--image-path", "x.png", "--image-path", "y.png"], ("x.png", "y.png")), (["--config", str(config)],
+             ("a.png", "b.png")), ([], ())]  # fmt: skip
+    for flags, expected in given:
+        ((_, values), *_) = parsed(app, "generate", ["--prompt", "p", *flags])
+        assert SamplingParams(**values).image_path == expected
+    files = prompt_file(tmp_path, '{"prompt": "p", "image-path": ["1.png", "2.png"]}\n{"prompt": "p"}\n')
+    jobs = read_jobs(SamplingParams(image_path=("0.png",)), files)
+    assert [params.image_path for _, params in jobs] == [("1.png", "2.png"), ("0.png",)]
+    for wrong in ([3], {"a": 1}, 3):
+        with pytest.raises(InvalidRequest, match="a list of strings expected"):
+            SamplingParams(image_path=wrong)  # type: ignore[arg-type]
+
+
+def test_python_callers_give_paths_bytes_and_pictures(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 3), (10, 20, 30, 255))
+    path = tmp_path / "it.png"
+    image.save(path)
+    pictures = from_likes([path, str(path), path.read_bytes(), image])
+    assert len(pictures) == 4
+    assert len({picture.ref.sha256 for picture in pictures}) == 1
+    for wrong, message in ((b"GIF89a", "PNG, JPEG"), (tmp_path / "no", "cannot be read"), (3, "paths, bytes")):
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            from_likes([wrong])  # type: ignore[list-item]
+        assert caught.value.param == "images"
+    with pytest.raises(InvalidRequest, match="a list of pictures expected"):
+        check_list(image)

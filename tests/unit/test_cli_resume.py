@@ -193,7 +193,7 @@ def test_a_run_of_other_flags_is_refused(
 def test_a_picture_may_move_but_not_change(tmp_path: Path) -> None:
     def job_of(name: str, content: str) -> Job:
         picture = Picture(InputImage(content * 64, 8, 8), b"")
-        params = SamplingParams(prompt="a", seed=1, image_path=name)
+        params = SamplingParams(prompt="a", seed=1, image_path=(name,))
         return Job(1, 1, params, MediaSpec(MediaFormat.PNG), 192, (picture,))
 
     first = KeptRun(tmp_path, resume=False)

@@ -18,12 +18,13 @@ import diffusers_checkpoints
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image
 
 from safelight.configs.families import identify
 from safelight.configs.families.calls import signature_of
 from safelight.runtime.errors import ConfigError, InvalidRequest, ModelError
-from safelight.runtime.inputs import InputStore, check_picture
+from safelight.runtime.inputs import InputStore, check_picture, picture_of
 from safelight.runtime.messages import (
     Decode,
     Denoise,
@@ -415,6 +416,27 @@ def test_a_picture_is_scaled_where_the_size_follows_it(
     name = "stable_diffusion_img2img"
     request = request_for(pipeline(name), height=48, width=64)
     assert rig(name).alone("a", request).shape == (1, 48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("QwenImageEditPlusPipeline", ["image"]), ("WanImageToVideoPipeline", ["image", "last_image"])]
+)
+def test_two_pictures_go_where_the_pipeline_takes_them(
+    pipeline: Callable[[str], DiffusersPipeline], store: Path, kind: str, names: list[str]
+) -> None:
+    img2img = pipeline("stable_diffusion_img2img")
+    spec = dataclasses.replace(img2img.spec, call=signature_of(kind), image_grid=0)
+    inputs = InputStore(store)
+    refs = tuple(inputs.add(picture_of(Image.new("RGB", (side, 8)))) for side in (16, 24))
+    request = request_for(img2img, images=refs, num_inference_steps=5)
+    encoded = dataclasses.replace(img2img, spec=spec, inputs=inputs, kwargs={}).encode(request)
+    given = [encoded[name] for name in names]
+    if len(names) == 1:
+        (given,) = given
+    assert [image.size for image in given] == [(16, 8), (24, 8)]
+    one = dataclasses.replace(img2img, spec=spec, inputs=inputs).encode(structs.replace(request, images=refs[:1]))
+    assert one["image"].size == (16, 8)
+    assert "last_image" not in one
 
 
 def test_no_checkpoint_is_made_or_taken(pipeline: Callable[[str], DiffusersPipeline]) -> None:

@@ -225,6 +225,20 @@ def test_pictures_are_counted(sd3: ModelSpec, tmp_path: Path) -> None:
         assert caught.value.param == "image_path"
 
 
+@pytest.mark.parametrize(
+    ("kind", "images"),
+    [
+        ("StableDiffusion3Pipeline", (0, 0)),
+        ("StableDiffusionImg2ImgPipeline", (1, 1)),  # to it a list is a batch
+        ("QwenImageEditPlusPipeline", (1, 3)),
+        ("Flux2KleinPipeline", (0, 4)),
+        ("WanImageToVideoPipeline", (1, 2)),  # first and last frame
+    ],
+)
+def test_how_many_pictures_a_pipeline_takes(tmp_path: Path, kind: str, images: tuple[int, int]) -> None:
+    assert identify(write(tmp_path / "m", kind, {})).images == images
+
+
 def test_a_picture_that_is_not_named_by_its_hash_is_refused_at_once(tmp_path: Path) -> None:
     profiler = Profiler(write(tmp_path / "m", "StableDiffusionImg2ImgPipeline", {}))
     media = MediaSpec(MediaFormat.PNG)
@@ -351,7 +365,7 @@ def test_a_picture_is_checked_counted_stored_and_gives_its_size(tmp_path: Path) 
     spec = identify(write(tmp_path / "m", "StableDiffusionImg2ImgPipeline", parts, vae=vae))
     photo = tmp_path / "photo.jpg"
     Image.new("RGB", (100, 75), (200, 30, 4)).save(photo)
-    params = SamplingParams(prompt="a", image_path=str(photo))
+    params = SamplingParams(prompt="a", image_path=(str(photo),))
     jobs = check_jobs(spec, [("", params), ("", dataclasses.replace(params, height=64))], GenerateArgs())
     assert [(job.params.width, job.params.height) for job in jobs] == [(96, 72), (96, 64)]
     folder = tmp_path / "inputs"
@@ -362,8 +376,11 @@ def test_a_picture_is_checked_counted_stored_and_gives_its_size(tmp_path: Path) 
     assert made[0].token_ids == {}
     for wrong, message in (("no such file", "cannot be read"), (str(spec.root / "model_index.json"), "PNG, JPEG")):
         with pytest.raises(InvalidRequest, match=message) as caught:
-            check_jobs(spec, [("", dataclasses.replace(params, image_path=wrong))], GenerateArgs())
+            check_jobs(spec, [("", dataclasses.replace(params, image_path=(wrong,)))], GenerateArgs())
         assert caught.value.param == "image_path"
+    twice = dataclasses.replace(params, image_path=(str(photo), "no such file"))  # counted before it is read
+    with pytest.raises(InvalidRequest, match=r"1 expected .* got 2"):
+        check_jobs(spec, [("", twice)], GenerateArgs())
     with pytest.raises(InvalidRequest, match="0 expected"):
         check_jobs(identify(builtin_model()), [("", params)], GenerateArgs())
     jobs = check_jobs(spec, [("", dataclasses.replace(params, prompt="\ud800"))], GenerateArgs())

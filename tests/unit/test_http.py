@@ -61,20 +61,20 @@ def diffusers_model(root: Path, kind: Any, *, trusted: bool = False) -> m.Served
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "param"),
+    ("kind", "path", "param", "where"),
     [
-        ("StableDiffusionImg2ImgPipeline", "/v1/images/generations", "image"),
-        ("StableVideoDiffusionPipeline", "/v1/videos", "input_reference"),
+        ("StableDiffusionImg2ImgPipeline", "/v1/images/generations", "image", "/v1/images/edits"),
+        ("StableVideoDiffusionPipeline", "/v1/videos", "input_reference", "send it as input_reference"),
     ],
 )
-def test_a_model_that_starts_from_a_picture_is_not_for_http_yet(
-    serve: Serve, tmp_path: Path, kind: str, path: str, param: str
+def test_a_model_that_starts_from_a_picture_says_where_to_send_it(
+    serve: Serve, tmp_path: Path, kind: str, path: str, param: str, where: str
 ) -> None:
     backend, http = serve(model=diffusers_model(tmp_path / "m", kind))
     reply = http.post(path, json={"prompt": "a"})
     assert reply.status_code == 400
     assert error_of(reply)["param"] == param
-    assert "image-path" in error_of(reply)["message"]
+    assert where in error_of(reply)["message"]
     assert not backend.executions
 
 
@@ -429,8 +429,15 @@ def test_without_the_key_only_the_probes_answer_and_owners_do_not_see_each_other
 
 def test_a_large_body_is_refused_unread(serve: Serve) -> None:
     _, http = serve()
-    reply = http.post("/v1/videos", json={"prompt": "x" * LIMITS.max_body_bytes})
-    assert (reply.status_code, error_of(reply)["type"]) == (413, "invalid_request_error")
+    for path, most in (
+        ("/v1/images/generations", LIMITS.max_body_bytes), ("/v1/images/edits", LIMITS.max_input_bytes),
+        ("/v1/videos", LIMITS.max_input_bytes),
+    ):  # fmt: skip
+        reply = http.post(path, json={"prompt": "x" * most})
+        assert (reply.status_code, error_of(reply)["type"]) == (413, "invalid_request_error")
+        assert str(most) in error_of(reply)["message"]
+    reply = http.post("/v1/images/edits", json={"prompt": "x", "user": "x" * LIMITS.max_body_bytes})
+    assert reply.status_code == 400
 
     def endless() -> Iterator[bytes]:
         for _ in range(100):

@@ -19,6 +19,7 @@ def test_every_operation_and_reply_is_described(tmp_path: Path) -> None:
         document = httpx2.get(url + "/openapi.json").json()
     assert {(method, path) for path, found in document["paths"].items() for method in found} == {
         ("post", "/v1/images/generations"),
+        ("post", "/v1/images/edits"),
         ("get", "/v1/images/{id}/content"),
         ("post", "/v1/videos"),
         ("get", "/v1/videos"),
@@ -36,6 +37,11 @@ def test_every_operation_and_reply_is_described(tmp_path: Path) -> None:
     schemas = document["components"]["schemas"]
     assert set(schemas["Video"]["required"]) <= set(schemas["Video"]["properties"])
     assert schemas["ImageRequest"]["required"] == ["prompt"]
+    content = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
+    assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/ImageEditRequest"}
+    form = content["multipart/form-data"]["schema"]["properties"]
+    assert form["image[]"]["anyOf"][1]["items"] == {"type": "string", "format": "binary"}
+    assert set(form) == set(schemas["ImageEditRequest"]["properties"])
     assert {"type": "null"} in schemas["ImageRequest"]["properties"]["n"]["anyOf"]
 
 

@@ -31,7 +31,7 @@ def test_sync_and_async_take_the_same_parameters() -> None:
     ours, theirs = (inspect.signature(kind.submit).parameters for kind in (safelight.Client, safelight.AsyncClient))
     assert list(ours) == list(theirs)
     assert {name for name in ours if name not in ("self", "params")} == {
-        "prompt", "detach", "priority", "deadline_s", "output_format", "output_quality",
+        "prompt", "detach", "priority", "deadline_s", "output_format", "output_quality", "images",
     }  # fmt: skip
     for module, kind in (("sessions", "Job"), ("async_sessions", "AsyncJob")):
         found = getattr(__import__(f"safelight.entrypoints.{module}", fromlist=[kind]), kind)

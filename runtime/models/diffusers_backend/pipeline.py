@@ -13,7 +13,8 @@ from PIL.Image import Resampling
 
 from safelight.configs.backend import check_call
 from safelight.configs.families import FAMILIES, ModelSpec
-from safelight.configs.families.diffusers import FRAMES, GUIDANCE, RATES, TRUE_CFG
+from safelight.configs.families.calls import CallSignature
+from safelight.configs.families.diffusers import FRAMES, GUIDANCE, LAST_IMAGE, RATES, TRUE_CFG
 from safelight.configs.families.limits import CFG_EXTRAS
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
@@ -85,17 +86,21 @@ class DiffusersPipeline:
             values[TRUE_CFG] = request.true_cfg_scale
         values |= {name: value for name in CFG_EXTRAS if (value := getattr(request, name)) is not None}
         if request.images:
-            values["image"] = self._image(request)
+            values |= self._images(request, call)
         given = {name: value for name, value in values.items() if name in call}
         return given | dict(self.kwargs) | ({"output_type": "np"} if "output_type" in call else {})
 
-    def _image(self, request: GenerationRequest) -> Any:
-        """The request's picture, scaled to the size asked for where the pipeline takes its size from the picture."""
+    def _images(self, request: GenerationRequest, call: CallSignature) -> dict[str, Any]:
+        """The request's pictures, scaled to the size asked for where the pipeline takes its size from the picture."""
         if self.inputs is None:
             raise JobFailed("this worker was started without a folder of input pictures")
-        image = self.inputs.read(request.images[0])
         size = (request.width, request.height)
-        return image.resize(size, Resampling.LANCZOS) if self.spec.image_grid and image.size != size else image
+        images = [self.inputs.read(ref) for ref in request.images]
+        if self.spec.image_grid:
+            images = [image if image.size == size else image.resize(size, Resampling.LANCZOS) for image in images]
+        if len(images) == 2 and LAST_IMAGE in call:
+            return {"image": images[0], LAST_IMAGE: images[1]}
+        return {"image": images[0] if len(images) == 1 else images}
 
     def prepare(self, request: GenerationRequest, conditioning: dict[str, Any], index: int) -> CallState:
         """Starts the call of output `index` and runs it up to its first step. Noise is of a CPU generator."""
