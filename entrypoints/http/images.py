@@ -130,6 +130,7 @@ def usage(service: Service, request: GenerationRequest) -> Usage:
     params = SamplingParams(
         request.prompt, request.negative_prompt, request.height, request.width, request.num_frames, request.fps,
         request.num_inference_steps, request.guidance_scale, request.seed, request.num_outputs, request.sampler,
+        tuple(image.sha256 for image in request.images),
     )  # fmt: skip
     text = sum(len(ids) for ids in request.token_ids.values())
     pictures = FAMILIES[spec.family].profile(spec, params).tokens * request.num_outputs
