@@ -47,8 +47,8 @@ class SamplingParams:
 
     @staticmethod
     def of(request: Any) -> SamplingParams:
-        """The parameters of a `runtime.messages.GenerationRequest` (which this layer does not import): complete, but
-        for its pictures."""
+        """The parameters of a `runtime.messages.GenerationRequest` (which this layer does not import), complete;
+        its pictures by what is in them."""
         return SamplingParams(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -61,6 +61,7 @@ class SamplingParams:
             seed=request.seed,
             num_outputs_per_prompt=request.num_outputs,
             sampler=request.sampler,
+            image_path=tuple(image.sha256 for image in request.images),
             true_cfg_scale=request.true_cfg_scale,
             cfg_normalization=request.cfg_normalization,
             cfg_truncation=request.cfg_truncation,

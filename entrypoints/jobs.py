@@ -85,6 +85,8 @@ def _check(
     check_images(spec, len(params.image_path or images))  # before they are read
     images = from_paths(params.image_path) or images
     complete = sized(spec, params, images)
+    if images and not params.image_path:
+        complete = dataclasses.replace(complete, image_path=tuple(picture.ref.sha256 for picture in images))
     if complete.seed is None:
         complete = dataclasses.replace(complete, seed=secrets.randbelow(_SEEDS))
     family.validate(spec, complete)

@@ -126,10 +126,11 @@ class Translator:
         images: tuple[InputImage, ...] = ()
         if brought.count:
             height, width = _size(body)
-            given = dataclasses.replace(params, height=height, width=width)
 
             def check(pictures: tuple[Picture, ...]) -> None:
                 nonlocal params
+                names = tuple(picture.ref.sha256 for picture in pictures)  # how many there are counts for the costs
+                given = dataclasses.replace(params, height=height, width=width, image_path=names)
                 params = sized(self.spec, given, pictures)
                 self._check(body, params)
 
