@@ -111,7 +111,7 @@ def test_every_default_is_valid_and_has_a_profile(spec: ModelSpec) -> None:
         (INDEX, changed("transformer/config.json", in_channels=48), "in_channels 48"),
         (INDEX, changed("vae/config.json", z_dim=48, patch_size=2), "VAE of Wan 2.1"),
         (INDEX, changed("text_encoder/config.json", d_model=1024), "text encoder is 1024 wide"),
-        (INDEX | {"_class_name": "FluxPipeline"}, WAN_1_3B, "WanPipeline"),
+        (INDEX | {"_class_name": "SanaPipeline"}, WAN_1_3B, "WanPipeline"),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path: Path, index: Any, files: Files, message: str) -> None:
