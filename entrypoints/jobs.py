@@ -101,7 +101,9 @@ def sized(spec: ModelSpec, params: SamplingParams, images: tuple[Picture, ...]) 
 
 
 def _size_of(images: tuple[Picture, ...], spec: ModelSpec) -> SamplingParams:
-    """The size that an unset one takes from the picture, where a model's results are as large as that."""
+    """The size that an unset one takes from the pictures, where a model's results have their shape."""
+    if (size_of := FAMILIES[spec.family].size_of) is not None:
+        return size_of(spec, [(picture.ref.width, picture.ref.height) for picture in images])
     if not images or not spec.image_grid:
         return SamplingParams()
     ref, grid = images[0].ref, spec.image_grid
@@ -129,7 +131,8 @@ def request_of(
     values["negative_prompt"] = values["negative_prompt"] or ""
     values["num_outputs"] = values.pop("num_outputs_per_prompt")
     del values["image_path"]  # of this process: others know the picture by what is in it
-    ids = tokenizer.encode_request(values["prompt"], values["negative_prompt"])
+    sizes = tuple((image.width, image.height) for image in images)
+    ids = tokenizer.encode_request(values["prompt"], values["negative_prompt"], *([sizes] if sizes else []))
     return GenerationRequest(token_ids=ids, media=media, images=images, **values)
 
 

@@ -13,11 +13,12 @@ from safelight.configs.families.base import Capabilities, Family, ModelSpec, Var
 from safelight.configs.families.diffusers import FAMILY as ANY_OF_DIFFUSERS
 from safelight.configs.families.diffusers import check_class, identify_trusting
 from safelight.configs.families.flux import FAMILY as FLUX
+from safelight.configs.families.qwen import FAMILY as QWEN
 from safelight.configs.families.wan import FAMILY as WAN
 from safelight.configs.families.zimage import FAMILY as ZIMAGE
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, FLUX, ZIMAGE, ANY_OF_DIFFUSERS)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, FLUX, QWEN, ZIMAGE, ANY_OF_DIFFUSERS)}
 
 __all__ = ["FAMILIES", "Capabilities", "Family", "ModelSpec", "Variant", "check_images", "foresee", "identify"]
 

@@ -5,7 +5,7 @@ A family is one module in this folder that builds a `Family`, and one line in `c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class ModelSpec:
     image_grid: int = 0  # pictures come out as large as the one that came in, in multiples of this; 0: as asked
     reason: str = ""  # why this family was taken
     text_encoder_2: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)  # processor/preprocessor_config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class Family:
     profile(spec, params) -> JobProfile.
     attention(spec) -> AttentionShape: of a family that spans ranks.
     encoder(spec) -> EncoderShape: of the text encoder, if ranks can share its matrices; else None.
+    size_of(spec, sizes) -> SamplingParams: width and height of a result of no asked size, from those of the request's
+        pictures; else None, and `image_grid` says it.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Family:
     profile: Callable[[ModelSpec, SamplingParams], JobProfile]
     attention: Callable[[ModelSpec], AttentionShape] | None = None
     encoder: Callable[[ModelSpec], EncoderShape] | None = None
+    size_of: Callable[[ModelSpec, Sequence[tuple[int, int]]], SamplingParams] | None = None
     backend: str = "safelight"  # as --backend calls it
     capabilities: Capabilities = Capabilities()
 

@@ -37,7 +37,7 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
     latent_bytes = _BYTES * shape[0] * shape[1] * shape[2] * shape[3]
     text_bytes = _BYTES * TEXT_TOKENS * int(spec.transformer["text_dim"]) * branches
     chunks = (1,) + (temporal,) * (shape[1] - 1)
-    decode = _decode_frame(spec.vae, shape[2], shape[3], max(chunks))
+    decode = decode_frame(spec.vae, shape[2], shape[3], max(chunks))
     key = BatchKey(WEIGHTS_ID, shape, guided, TEXT_TOKENS)
     return JobProfile(
         family=spec.family,
@@ -55,7 +55,7 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         state_bytes=latent_bytes * (4 if params.sampler == "unipc" else 1),
         encode_peak_bytes=text_bytes + branches * _encode_peak_bytes(spec.text_encoder),
         step_peak_bytes=branches * _forward_peak_bytes(spec.transformer, tokens) + 8 * latent_bytes,
-        decode_peak_bytes=decode.peak_bytes,
+        decode_peak_bytes=decode.peak_bytes + 2 * decode.cache_bytes,
     )
 
 
@@ -114,25 +114,29 @@ def _encode_peak_bytes(encoder: Mapping[str, Any]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodeCost:
+class DecodeCost:
+    """`cache_bytes`: what a cursor holds between two frames."""
+
     flop: float
     peak_bytes: int
+    cache_bytes: int
 
 
-def _decode_frame(vae: Mapping[str, Any], h: int, w: int, frames: int) -> _DecodeCost:
-    """One latent frame (h, w) that becomes `frames` frames, through the decoder's levels.
+def decode_frame(vae: Mapping[str, Any], h: int, w: int, frames: int) -> DecodeCost:
+    """One latent frame (h, w) that becomes `frames` frames, through the levels of a decoder of Wan 2.1's architecture.
 
     FLOP: 2 * 27 * C_in * C_out per voxel of each 3x3x3 convolution, two in a residual block; upsampling convolutions
-    on top. Bytes: six activations of the largest level, and the feature cache (two frames before each 3x3x3
-    convolution) twice, for the cursor that came in and the one that goes out.
+    on top. Bytes: six activations of the largest level; the feature cache is two frames before each 3x3x3 convolution
+    (of a video it is there twice, in the cursor that came in and the one that goes out).
     """
+    channels = int(vae.get("z_dim", LATENT_CHANNELS))
     base = int(vae.get("decoder_base_dim") or vae["base_dim"])
     multipliers, blocks = list(vae["dim_mult"]), int(vae["num_res_blocks"])
     upsample_time = list(reversed(vae["temperal_downsample"]))
     widths = [base * m for m in (multipliers[-1], *reversed(multipliers))]
     time, area = 1, h * w
-    flop = 54.0 * area * widths[0] * (LATENT_CHANNELS + 4 * widths[0])
-    cached, largest = 2 * area * (LATENT_CHANNELS + 4 * widths[0]), area * widths[0]
+    flop = 54.0 * area * widths[0] * (channels + 4 * widths[0])
+    cached, largest = 2 * area * (channels + 4 * widths[0]), area * widths[0]
     for level, (source, target) in enumerate(pairwise(widths)):
         source = source if level == 0 else source // 2
         voxels = time * area
@@ -150,4 +154,4 @@ def _decode_frame(vae: Mapping[str, Any], h: int, w: int, frames: int) -> _Decod
         area *= 4
         flop += 9.0 * time * area * target * target
         largest = max(largest, time * area * target)
-    return _DecodeCost(flop, _BYTES * (2 * cached + 6 * largest))
+    return DecodeCost(flop, _BYTES * 6 * largest, _BYTES * cached)

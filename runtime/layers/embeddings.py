@@ -12,25 +12,28 @@ from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of
 
 
-def timestep_sinusoids(timestep: Tensor, width: int) -> Tensor:
-    """timestep: (...) -> (..., width) float32: cosines, then sines (arXiv 2006.11239's, with the halves swapped)."""
+def timestep_sinusoids(timestep: Tensor, width: int, scale: float = 1.0) -> Tensor:
+    """timestep: (...) -> (..., width) float32: cosines, then sines (arXiv 2006.11239's, with the halves swapped).
+
+    `scale` multiplies the angles last, where a reference does so after its rounding.
+    """
     half = width // 2
     exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angles = timestep.float()[..., None] * exponent.exp()
+    angles = timestep.float()[..., None] * exponent.exp() * scale
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class TimeEmbedding(nn.Module):
-    """timestep: (B, N) -> (B, N, E), computed in its weights' dtype (loaded as float32)."""
+    """timestep: (B, N) -> (B, N, E), computed in its weights' dtype (loaded as float32). `scale`: of the angles."""
 
-    def __init__(self, frequencies: int, width: int) -> None:
+    def __init__(self, frequencies: int, width: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.scale = frequencies, scale
         self.linear_in = Linear(frequencies, width)
         self.linear_out = Linear(width, width)
 
     def forward(self, timestep: Tensor, adapters: Adapters | None = None) -> Tensor:
-        x = timestep_sinusoids(timestep, self.frequencies)
+        x = timestep_sinusoids(timestep, self.frequencies, self.scale)
         x = F.silu(self.linear_in(x, adapters_of(adapters, "linear_in")))
         embedded: Tensor = self.linear_out(x, adapters_of(adapters, "linear_out"))
         return embedded

@@ -73,6 +73,11 @@ def checkpoint_files(folder: Path, stem: str = "diffusion_pytorch_model") -> lis
     return [folder / name for name in names]
 
 
+def tensor_names(files: list[Path]) -> frozenset[str]:
+    """The names of all tensors in safetensors files. Raises ModelError naming a file that cannot be read."""
+    return frozenset(_headers(files))
+
+
 def load_weights(
     module: nn.Module,
     files: list[Path],

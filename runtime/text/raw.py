@@ -11,7 +11,9 @@ from safelight.runtime.text.clean import check_unicode
 class RawPrompts:
     """The worker's pipeline reads the prompts as they were written."""
 
-    def encode_request(self, prompt: str, negative_prompt: str) -> dict[str, tuple[int, ...]]:
+    def encode_request(
+        self, prompt: str, negative_prompt: str, sizes: tuple[tuple[int, int], ...] = ()
+    ) -> dict[str, tuple[int, ...]]:
         """No ids. Raises InvalidRequest for text that is not valid Unicode."""
         check_unicode(prompt, "prompt")
         check_unicode(negative_prompt, "negative_prompt")

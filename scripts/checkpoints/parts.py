@@ -47,7 +47,8 @@ def randomize(module: nn.Module, generator: torch.Generator) -> None:
     """Fills every parameter: matrices and convolutions by their fan-in, norms near one, biases small."""
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
-        norm = "norm" in name or name.endswith("gamma")
+        # adaLN's matrices are called norms too
+        norm = ("norm" in name and parameter.ndim == 1) or name.endswith("gamma")
         if (norm and not name.endswith("bias")) or name == "cap_embedder.0.weight":
             noise = 1 + 0.1 * noise
         elif "scale_shift_table" in name:

@@ -236,7 +236,7 @@ def test_pictures_are_counted(sd3: ModelSpec, tmp_path: Path) -> None:
     ],
 )
 def test_how_many_pictures_a_pipeline_takes(tmp_path: Path, kind: str, images: tuple[int, int]) -> None:
-    assert identify(write(tmp_path / "m", kind, {})).images == images
+    assert identify(write(tmp_path / "m", kind, {}), "diffusers").images == images
 
 
 def test_a_picture_that_is_not_named_by_its_hash_is_refused_at_once(tmp_path: Path) -> None:

@@ -13,13 +13,21 @@ from safelight.runtime.models.loading import checkpoint_files, load_weights, rea
 _ENCODER = ("encoder", "quant_conv")
 
 
-def load_autoencoder(folder: Path, kind: Any, device: torch.device, dtype: torch.dtype, *, encoder: bool) -> Any:
+def load_autoencoder(
+    folder: Path,
+    kind: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    encoder: bool,
+    config: dict[str, Any] | None = None,
+) -> Any:
     """A `kind` (a diffusers autoencoder class), in eval mode; the encoder's half only if asked for.
 
-    Raises ModelError naming the file and the tensor or setting.
+    `config` replaces that of the folder's config.json. Raises ModelError naming the file and the tensor or setting.
     """
     path = folder / "config.json"
-    values = read_json(path)
+    values = read_json(path) if config is None else config
     found, patch = values.get("_class_name"), values.get("patch_size")
     if found != kind.__name__ or patch is not None:
         raise ModelError(

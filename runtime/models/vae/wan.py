@@ -117,10 +117,13 @@ def load_wan_vae(
     encoder: bool = False,
     band_rows: int | None = None,
     group: dist.ProcessGroup | None = None,
+    config: dict[str, Any] | None = None,
 ) -> WanVae:
-    """The VAE in `folder`, of which the encoder only if asked for. Raises ModelError naming the file and the tensor or
-    setting."""
-    module = load_autoencoder(folder, AutoencoderKLWan, device, dtype, encoder=encoder)
+    """The VAE in `folder`, of which the encoder only if asked for; `config` replaces that of its config.json.
+
+    Raises ModelError naming the file and the tensor or setting.
+    """
+    module = load_autoencoder(folder, AutoencoderKLWan, device, dtype, encoder=encoder, config=config)
     if band_rows is not None and module.config.is_residual:
         raise ModelError(f"{folder} is a Wan 2.2 VAE, which --vae-tiling cannot cut", param="vae_tiling")
     mean, std = (
