@@ -203,10 +203,10 @@ def test_sizes_of_pictures_are_those_of_the_reference() -> None:
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
     reference: Any = pipeline_qwenimage_edit_plus
-
+    dimensions = getattr(reference, "_dimensions", reference.calculate_dimensions)  # parity runs shrink the areas
     for size in SIZES:
         for area in (1024 * 1024, 384 * 384):
-            assert fitted(size, area) == reference.calculate_dimensions(area, size[0] / size[1])
+            assert fitted(size, area) == dimensions(area, size[0] / size[1])
 
 
 @pytest.mark.parametrize("limits", [(56 * 56, 12845056), (56 * 56, 28 * 28 * 200), (512 * 512, 1024 * 1024)])
