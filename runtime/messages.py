@@ -851,6 +851,8 @@ class WorkerSpec(Part):
     vae_slicing: bool = False
     diffusers_attention_backend: str | None = None
     diffusers_kwargs: dict[str, Any] = {}
+    offload: tuple[str, ...] = ()  # components whose weights live on the CPU
+    pin_cpu_memory: bool = True
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from safelight.configs.env import interface_variables
 from safelight.runtime import logs
 from safelight.runtime.errors import ConfigError, SafelightError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
-from safelight.runtime.models.registry import LoadOptions, load_pipeline
+from safelight.runtime.models.registry import LoadOptions, Residency, load_pipeline
 from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 from safelight.runtime.pipelines.protocol import Pipeline
 from safelight.runtime.worker.checkpoint import CheckpointWriter
@@ -96,7 +96,7 @@ def _serve(
     ready = _ready(spec, device, weights)
     link.announce_ready(ready)
     tell(ready)
-    log.info("ready on %s, %.1f GB of weights", ready.device, weights / 1e9)
+    log.info("ready on %s, %.2f GB of weights on it", ready.device, weights / 1e9)
     gc.freeze()  # what is loaded stays; collections look at requests only
     while (plan := link.plans.get()) is not None:
         completer.submit(executor.execute(plan))
@@ -148,8 +148,20 @@ def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
         vae_slicing=spec.vae_slicing,
         diffusers_attention_backend=spec.diffusers_attention_backend,
         diffusers_kwargs=spec.diffusers_kwargs,
+        offload=spec.offload,
+        pin_cpu_memory=spec.pin_cpu_memory,
     )
-    return load_pipeline(Path(spec.model_path), options)
+    pipeline = load_pipeline(Path(spec.model_path), options)
+    _tell_residency(spec, options.residency)
+    return pipeline
+
+
+def _tell_residency(spec: WorkerSpec, residency: Residency) -> None:
+    """What is offloaded; and once per server a warning for each flag that has nothing to move."""
+    if described := residency.describe():
+        log.info("offloaded, %s", described)
+    for name in residency.unused() if (spec.group, spec.rank) == (0, 0) else ():
+        log.warning("--%s-cpu-offload does nothing: this model has no such component", name.replace("_", "-"))
 
 
 def _dtype(name: str) -> torch.dtype:

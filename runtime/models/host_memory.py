@@ -1,0 +1,65 @@
+"""Weights in host memory: one allocation of exactly the bytes needed, page-locked if asked.
+
+A copy from page-locked memory runs beside the host and at the full speed of the bus. torch's own allocator of such
+memory rounds every allocation up to a power of two, which for a model is tens of gigabytes: here the memory of an
+ordinary allocation is registered with CUDA instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safelight.runtime.errors import ConfigError
+
+_ALIGNMENT = 256  # bytes; what kernels assume of a tensor's address is less
+
+
+class HostMemory:
+    """`bytes`: (N,) uint8 on the CPU. It stays page-locked as long as this object lives."""
+
+    def __init__(self, nbytes: int) -> None:
+        with torch.inference_mode(False):
+            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def page_lock(self) -> None:
+        """Call it once, after the memory was filled. Raises ConfigError when the host refuses."""
+        if not self.bytes.numel():
+            return
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = self.bytes.data_ptr()
+        code = int(runtime.cudaHostRegister(address, self.bytes.numel(), 0))
+        if code != 0:
+            raise ConfigError(
+                f"--pin-cpu-memory: the host does not lock {self.bytes.numel() / 1e9:.1f} GB of memory (CUDA error "
+                f"{code}); use --no-pin-cpu-memory, which is slower, or offload less",
+                param="pin_cpu_memory",
+            )
+        weakref.finalize(self, runtime.cudaHostUnregister, address)
+
+
+def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins when they are packed in order, and the bytes of all."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def tensor_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    """A contiguous tensor of the shape and dtype of `like` in `memory`, (N,) uint8, from byte `offset` on."""
+    nbytes = like.numel() * like.element_size()
+    return memory[offset : offset + nbytes].view(like.dtype).view(like.shape)
+
+
+def replace_parameters(module: nn.Module, replacements: dict[int, nn.Parameter]) -> None:
+    """Puts replacements[id(p)] in the place of every parameter p, under each of its names."""
+    for child in module.modules():
+        for name, parameter in list(child._parameters.items()):
+            if parameter is not None:
+                child._parameters[name] = replacements[id(parameter)]

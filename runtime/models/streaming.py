@@ -1,0 +1,160 @@
+"""A transformer's blocks from host memory, one after the other: block i + 1 is copied in while block i computes.
+
+Two buffers on the device take turns: the parameters of an even block are views of the first one for good, those of an
+odd block of the second. So parameters keep their identity and address, which compiled blocks rely on, and only the
+contents change. Copies run on a stream of their own. Two kinds of events order them against the computation, which is
+on the caller's stream: a buffer is written only after the block that reads it, and read only after it was written. The
+host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from safelight.runtime.models.host_memory import HostMemory, layout, replace_parameters, tensor_at
+
+
+class BlockStream:
+    """The blocks of `lists`, in the order in which a forward pass calls them. Its forwards run on one CUDA stream.
+
+    With an odd number of blocks the last one stays on the device: first and last would share a buffer otherwise, and
+    the first could not be copied while the last computes.
+    """
+
+    def __init__(self, lists: Sequence[nn.ModuleList], device: torch.device, *, pin: bool) -> None:
+        blocks = [block for each in lists for block in each]
+        self.copies = 0  # blocks copied so far
+        self._count = len(blocks) - len(blocks) % 2
+        self._device = device
+        self._open: int | None = None
+        self._held: list[int | None] = [None, None]
+        cuda = device.type == "cuda"
+        self._copies_on = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._computed = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._written = [torch.cuda.Event() if cuda else None for _ in range(2)]  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            self._place(blocks, pin=pin and cuda)
+
+    def _place(self, blocks: list[nn.Module], *, pin: bool) -> None:
+        """Packs the streamed blocks into host memory, and makes their parameters views of the buffers."""
+        ids = [id(p) for block in blocks for p in block.parameters()]
+        assert len(set(ids)) == len(ids), "blocks share a parameter"
+        sizes = [layout(list(block.parameters()))[1] for block in blocks[: self._count]]
+        self._ends = [sum(sizes[: i + 1]) for i in range(self._count)]
+        self._sizes = sizes
+        self._host = HostMemory(sum(sizes))
+        widest = [max(sizes[parity::2], default=0) for parity in range(2)]
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in widest]
+        for buffer in self._buffers:
+            if self._copies_on is not None:
+                buffer.record_stream(self._copies_on)  # a model that is deleted may have a copy under way
+        for index, block in enumerate(blocks):
+            self._place_block(index, block)
+        if pin:
+            self._host.page_lock()
+
+    def _place_block(self, index: int, block: nn.Module) -> None:
+        parameters = list(block.parameters())
+        if index >= self._count:
+            homes = [p.detach().to(self._device) for p in parameters]
+        else:
+            offsets, _ = layout(parameters)
+            homes = [tensor_at(self._buffers[index % 2], o, p) for o, p in zip(offsets, parameters, strict=True)]
+            for offset, parameter in zip(offsets, parameters, strict=True):
+                tensor_at(self._source(index), offset, parameter).copy_(parameter)
+        made = {id(p): nn.Parameter(h, requires_grad=False) for p, h in zip(parameters, homes, strict=True)}
+        replace_parameters(block, made)
+
+    def _source(self, index: int) -> Tensor:
+        return self._host.bytes[self._ends[index] - self._sizes[index] : self._ends[index]]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory."""
+        return self._host.bytes.numel()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of both buffers."""
+        return sum(buffer.numel() for buffer in self._buffers)
+
+    def enter(self, index: int) -> None:
+        """Called just before block `index` is: it is on the device for what is launched next, and the copy of the
+        following block (of the next forward's first one, after the last) is under way.
+
+        Raises RuntimeError when another block has been entered and not left: its weights may be overwritten.
+        """
+        if index == 0:
+            self._open = None  # a forward that failed did not leave its block
+        if self._open is not None:
+            raise RuntimeError(f"block {index} is entered within block {self._open}; streamed blocks run one by one")
+        self._open = index
+        if index >= self._count:
+            return
+        if self._computed is not None:
+            self._computed.record(torch.cuda.current_stream(self._device))
+        self._bring(index)
+        if (written := self._written[index % 2]) is not None:
+            torch.cuda.current_stream(self._device).wait_event(written)
+        self._bring((index + 1) % self._count)
+
+    def leave(self) -> None:
+        """Called when the work of the block that was entered last has been launched."""
+        self._open = None
+
+    def _bring(self, index: int) -> None:
+        """Queues the copy of a block, after all work that had been launched at the last `enter`."""
+        place = index % 2
+        if self._held[place] == index:
+            return
+        self._held[place] = None  # if what follows fails
+        stream, computed, written = self._copies_on, self._computed, self._written[place]
+        if stream is not None and computed is not None:
+            stream.wait_event(computed)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            source = self._source(index)
+            self._buffers[place][: source.numel()].copy_(source, non_blocking=True)
+        if stream is not None and written is not None:
+            written.record(stream)
+        self._held[place] = index
+        self.copies += 1
+
+
+class StreamedBlocks(nn.ModuleList):
+    """A list of blocks whose iteration brings each block to the device; `first` is the number of its first block.
+
+    Only iteration does: an index gives a block whose weights may be another's, and is refused.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, stream: BlockStream, first: int) -> None:
+        super().__init__(blocks)
+        self.stream, self.first = stream, first
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for number, block in enumerate(list(self._modules.values())):
+            assert block is not None, "a list of modules has no gaps"
+            self.stream.enter(self.first + number)
+            yield block
+            self.stream.leave()
+
+    def __getitem__(self, index: object) -> nn.Module:  # type: ignore[override]
+        raise TypeError("streamed blocks are called in a loop over all of them; by index their weights may be another's")
+
+
+def stream_blocks(model: nn.Module, names: Sequence[str], device: torch.device, *, pin: bool) -> BlockStream:
+    """Replaces the lists of blocks `names` of a loaded model, in the order in which forward runs through them."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name in names:
+        child = getattr(model, name)
+        assert isinstance(child, nn.ModuleList), f"{name} is a list of blocks"
+        lists[name] = child
+    stream = BlockStream(list(lists.values()), device, pin=pin)
+    first = 0
+    for name, blocks in lists.items():
+        setattr(model, name, StreamedBlocks(blocks, stream, first))
+        first += len(blocks)
+    return stream
