@@ -61,7 +61,9 @@ class ServerArgs:
     text_encoder_cpu_offload: bool = option(False, "text encoders in host memory, on the GPU while they encode")
     image_encoder_cpu_offload: bool = option(False, "image encoder in host memory, on the GPU while it encodes")
     vae_cpu_offload: bool = option(False, "VAE in host memory, on the GPU while it decodes")
-    pin_cpu_memory: bool = option(True, "page-lock that host memory: without it copies are slow and steps wait for them")
+    pin_cpu_memory: bool = option(
+        True, "page-lock that host memory: without it copies are slow and steps wait for them"
+    )
     policy: str = option("fair", "order of the jobs", choices=("fair", "fcfs", "sjf"))
     max_queue: int = option(1000, "jobs that may wait; more are refused", minimum=1)
     max_plan_ms: float | None = option(

@@ -416,6 +416,7 @@ class Ready(Wire):
     reserve_bytes: int
     device: str
     roles: tuple[str, ...] = ("encode", "denoise", "decode")
+    encode_bytes: int = 0  # of weights that are on the device, beyond weights_bytes, only while it encodes
 
 
 class GroupFailed(Wire):

@@ -98,10 +98,13 @@ class Residency:
         component = self._components.get(name)
         if component is None:
             return build(self._device)
-        built: Any = build(CPU)
+        made: T = self._taken(component, build(CPU))
+        return made
+
+    def _taken(self, component: _Component, built: Any) -> Any:
         if isinstance(built, nn.Module):
             component.take(built)
-            return built  # type: ignore[return-value]
+            return built
         fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
         for module in (value for value in fields.values() if isinstance(value, nn.Module)):
             component.take(module)
@@ -151,8 +154,20 @@ class Residency:
 
     def weights_bytes(self, *modules: nn.Module) -> int:
         """Bytes of the device that the weights of a pipeline with these modules take: what always stays, and room for
-        the largest component that moves in."""
-        return self._staying_bytes(modules) + max((c.nbytes for c in self._components.values()), default=0)
+        the VAE, which may stay between the ops of a decode."""
+        return self._staying_bytes(modules) + self._bytes_of("vae")
+
+    @property
+    def encode_bytes(self) -> int:
+        """Bytes of the device that an encoder takes on top, while it encodes: the VAE is not there then."""
+        return max(
+            0,
+            self._bytes_of("text_encoder") - self._bytes_of("vae"),
+            self._bytes_of("image_encoder") - self._bytes_of("vae"),
+        )
+
+    def _bytes_of(self, name: str) -> int:
+        return self._components[name].nbytes if name in self._components else 0
 
     def _staying_bytes(self, modules: Iterable[nn.Module]) -> int:
         moving = {id(p) for component in self._components.values() for p, _ in component.homes}
@@ -164,7 +179,9 @@ class Residency:
 
     def describe(self) -> str:
         """What is offloaded, for the log; empty when nothing is."""
-        parts = [f"{name} {component.nbytes / 1e9:.2f} GB" for name, component in self._components.items()]
+        parts = [
+            f"{name} {component.nbytes / 1e9:.2f} GB" for name, component in self._components.items() if component.homes
+        ]
         if self._streams:
             parts.append(f"{DIT} blocks {sum(s.host_bytes for s in self._streams) / 1e9:.2f} GB, layer by layer")
         locked = "page-locked" if self._pin else "pageable"

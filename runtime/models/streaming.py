@@ -60,7 +60,7 @@ class BlockStream:
     def _place_block(self, index: int, block: nn.Module) -> None:
         parameters = list(block.parameters())
         if index >= self._count:
-            homes = [p.detach().to(self._device) for p in parameters]
+            homes = [p.detach().to(self._device, copy=True) for p in parameters]  # ordinary tensors, as the others
         else:
             offsets, _ = layout(parameters)
             homes = [tensor_at(self._buffers[index % 2], o, p) for o, p in zip(offsets, parameters, strict=True)]
@@ -142,7 +142,9 @@ class StreamedBlocks(nn.ModuleList):
             self.stream.leave()
 
     def __getitem__(self, index: object) -> nn.Module:  # type: ignore[override]
-        raise TypeError("streamed blocks are called in a loop over all of them; by index their weights may be another's")
+        raise TypeError(
+            "streamed blocks are called in a loop over all of them; by index their weights may be another's"
+        )
 
 
 def stream_blocks(model: nn.Module, names: Sequence[str], device: torch.device, *, pin: bool) -> BlockStream:

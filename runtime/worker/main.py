@@ -81,7 +81,8 @@ def _serve(
     link.send(phase)
     tell(phase)
     device = _device(spec)
-    pipeline = _load(spec, device)
+    options = _options(spec, device)
+    pipeline = _load(spec, options)
     weights = pipeline.weights_bytes()
     checkpoints = CheckpointWriter(Path(spec.checkpoint_dir) if spec.checkpoint_dir else None)
     failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
@@ -93,7 +94,7 @@ def _serve(
     completer = Completer(spec, link, device, weights, fatal)
     executor = Executor(pipeline, spec, checkpoints, link.send)
     executors.append(executor)
-    ready = _ready(spec, device, weights)
+    ready = _ready(spec, device, weights, options.residency)
     link.announce_ready(ready)
     tell(ready)
     log.info("ready on %s, %.2f GB of weights on it", ready.device, weights / 1e9)
@@ -132,8 +133,8 @@ def _device(spec: WorkerSpec) -> torch.device:
     return device
 
 
-def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
-    options = LoadOptions(
+def _options(spec: WorkerSpec, device: torch.device) -> LoadOptions:
+    return LoadOptions(
         device=device,
         dit_dtype=_dtype(spec.dit_precision),
         vae_dtype=_dtype(spec.vae_precision),
@@ -151,6 +152,9 @@ def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
         offload=spec.offload,
         pin_cpu_memory=spec.pin_cpu_memory,
     )
+
+
+def _load(spec: WorkerSpec, options: LoadOptions) -> Pipeline:
     pipeline = load_pipeline(Path(spec.model_path), options)
     _tell_residency(spec, options.residency)
     return pipeline
@@ -187,7 +191,7 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
     return build_mesh(world, *degrees, sp_impl=spec.sp_impl, encoder=(spec.tp_size, spec.encoder_sets))
 
 
-def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:
+def _ready(spec: WorkerSpec, device: torch.device, weights: int, residency: Residency) -> Ready:
     memory = device_memory(device, spec.ranks_on_host, weights)
     return Ready(
         group=spec.group,
@@ -198,4 +202,5 @@ def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:
         weights_bytes=weights,
         reserve_bytes=memory.reserve,
         device=memory.name,
+        encode_bytes=residency.encode_bytes,
     )
