@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.runtime.errors import ConfigError
 
@@ -55,11 +55,3 @@ def tensor_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
     """A contiguous tensor of the shape and dtype of `like` in `memory`, (N,) uint8, from byte `offset` on."""
     nbytes = like.numel() * like.element_size()
     return memory[offset : offset + nbytes].view(like.dtype).view(like.shape)
-
-
-def replace_parameters(module: nn.Module, replacements: dict[int, nn.Parameter]) -> None:
-    """Puts replacements[id(p)] in the place of every parameter p, under each of its names."""
-    for child in module.modules():
-        for name, parameter in list(child._parameters.items()):
-            if parameter is not None:
-                child._parameters[name] = replacements[id(parameter)]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from safelight.runtime.models.host_memory import HostMemory, layout, replace_parameters, tensor_at
+from safelight.runtime.models.host_memory import HostMemory, layout, tensor_at
 from safelight.runtime.models.streaming import BlockStream, stream_blocks
 
 T = TypeVar("T")
@@ -50,13 +50,11 @@ class _Component:
         offsets, total = layout(parameters)
         with torch.inference_mode(False):
             memory = HostMemory(total)
-            made: dict[int, nn.Parameter] = {}
             for offset, parameter in zip(offsets, parameters, strict=True):
                 home = tensor_at(memory.bytes, offset, parameter)
                 home.copy_(parameter)
-                made[id(parameter)] = nn.Parameter(home, requires_grad=False)
-                self.homes.append((made[id(parameter)], home))
-            replace_parameters(module, made)
+                parameter.data = home  # which frees what it was loaded into
+                self.homes.append((parameter, home))
             for child in module.modules():
                 for name, buffer in list(child.named_buffers(recurse=False)):
                     setattr(child, name, buffer.to(self._device))
@@ -147,6 +145,11 @@ class Residency:
         the order in which forward runs through them."""
         if self._streams is not None:
             self._streams.append(stream_blocks(transformer, blocks, self._device, pin=self._pin))
+
+    @property
+    def streams(self) -> tuple[BlockStream, ...]:
+        """Of the transformers whose blocks are streamed."""
+        return tuple(self._streams or ())
 
     def on_device_now(self, name: str) -> bool:
         """Whether the component's weights are on the device, other than between its uses."""

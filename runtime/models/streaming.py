@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from safelight.runtime.models.host_memory import HostMemory, layout, replace_parameters, tensor_at
+from safelight.runtime.models.host_memory import HostMemory, layout, tensor_at
 
 
 class BlockStream:
@@ -67,10 +67,16 @@ class BlockStream:
             for offset, parameter in zip(offsets, parameters, strict=True):
                 tensor_at(self._source(index), offset, parameter).copy_(parameter)
         made = {id(p): nn.Parameter(h, requires_grad=False) for p, h in zip(parameters, homes, strict=True)}
-        replace_parameters(block, made)
+        for child in block.modules():
+            for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+                setattr(child, name, made[id(parameter)])
 
     def _source(self, index: int) -> Tensor:
         return self._host.bytes[self._ends[index] - self._sizes[index] : self._ends[index]]
+
+    def __len__(self) -> int:
+        """How many blocks are streamed."""
+        return self._count
 
     @property
     def host_bytes(self) -> int:
@@ -85,13 +91,7 @@ class BlockStream:
     def enter(self, index: int) -> None:
         """Called just before block `index` is: it is on the device for what is launched next, and the copy of the
         following block (of the next forward's first one, after the last) is under way.
-
-        Raises RuntimeError when another block has been entered and not left: its weights may be overwritten.
         """
-        if index == 0:
-            self._open = None  # a forward that failed did not leave its block
-        if self._open is not None:
-            raise RuntimeError(f"block {index} is entered within block {self._open}; streamed blocks run one by one")
         self._open = index
         if index >= self._count:
             return
@@ -102,9 +102,11 @@ class BlockStream:
             torch.cuda.current_stream(self._device).wait_event(written)
         self._bring((index + 1) % self._count)
 
-    def leave(self) -> None:
-        """Called when the work of the block that was entered last has been launched."""
-        self._open = None
+    def leave(self, index: int) -> None:
+        """Called when the work of block `index` has been launched. Raises RuntimeError when another block was entered
+        meanwhile, whose weights may have come in place of this one's. A forward that fails need not call it."""
+        if self._open != index:
+            raise RuntimeError(f"block {self._open} was entered within block {index}; streamed blocks run one by one")
 
     def _bring(self, index: int) -> None:
         """Queues the copy of a block, after all work that had been launched at the last `enter`."""
@@ -139,7 +141,7 @@ class StreamedBlocks(nn.ModuleList):
             assert block is not None, "a list of modules has no gaps"
             self.stream.enter(self.first + number)
             yield block
-            self.stream.leave()
+            self.stream.leave(self.first + number)
 
     def __getitem__(self, index: object) -> nn.Module:  # type: ignore[override]
         raise TypeError(

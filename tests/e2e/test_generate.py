@@ -116,6 +116,23 @@ def test_the_frames_are_those_of_diffusers(tiny_model: Path, tmp_path: Path) -> 
     assert frames.std() > 10, "a picture that is not flat"
 
 
+def test_offloading_changes_no_bit(tiny_model: Path, tmp_path: Path) -> None:
+    parts = ("dit", "text-encoder", "image-encoder", "vae")
+    offload = [*(f"--{part}-cpu-offload" for part in parts), "--no-pin-cpu-memory", "--log-level", "info"]
+    made = []
+    for folder, flags in (("resident", []), ("offloaded", offload)):
+        wanted = small(tiny_model, tmp_path / folder, "--num-frames", "9", "--return-frames", "--seed", "5", *flags)
+        ended = generate("--prompt", "a cat", *wanted)
+        assert ended.returncode == 0, ended.stderr
+        made.append((ended, np.load(next((tmp_path / folder).glob("*.npy")))))
+    assert np.array_equal(made[0][1], made[1][1])
+    said = made[1][0].stderr
+    assert said.count("--image-encoder-cpu-offload does nothing: this model has no such component") == 1
+    assert "offloaded, in pageable host memory: text_encoder" in said
+    assert "GB of weights on it" in said
+    assert "offload" not in made[0][0].stderr
+
+
 def test_a_prompt_file_gives_one_job_a_line_and_every_path(tiny_model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n\na red bird\n")
