@@ -8,11 +8,11 @@ ordinary allocation is registered with CUDA instead.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.runtime.errors import ConfigError
 
@@ -55,3 +55,21 @@ def tensor_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
     """A contiguous tensor of the shape and dtype of `like` in `memory`, (N,) uint8, from byte `offset` on."""
     nbytes = like.numel() * like.element_size()
     return memory[offset : offset + nbytes].view(like.dtype).view(like.shape)
+
+
+def replace_parameters(module: nn.Module, home_of: Callable[[Tensor], Tensor]) -> list[nn.Parameter]:
+    """Replaces every parameter p, under all of its names, by one whose data is home_of(p); they are asked for in the
+    order of `module.parameters()`, and each p is freed before the next one. Returns the new ones.
+
+    New objects, because what was made in inference mode cannot change its data later.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((child, name))
+    made = []
+    for names in places.values():
+        made.append(nn.Parameter(home_of(getattr(*names[0])), requires_grad=False))
+        for child, name in names:
+            setattr(child, name, made[-1])
+    return made

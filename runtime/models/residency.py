@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from safelight.runtime.models.host_memory import HostMemory, layout, tensor_at
+from safelight.runtime.models.host_memory import HostMemory, layout, replace_parameters, tensor_at
 from safelight.runtime.models.streaming import BlockStream, stream_blocks
 
 T = TypeVar("T")
@@ -46,15 +46,12 @@ class _Component:
 
     def take(self, module: nn.Module) -> None:
         """Packs a module's parameters into host memory. Buffers, which are small, go to the device for good."""
-        parameters = list(module.parameters())
-        offsets, total = layout(parameters)
+        offsets, total = layout(list(module.parameters()))
+        places = iter(offsets)
         with torch.inference_mode(False):
             memory = HostMemory(total)
-            for offset, parameter in zip(offsets, parameters, strict=True):
-                home = tensor_at(memory.bytes, offset, parameter)
-                home.copy_(parameter)
-                parameter.data = home  # which frees what it was loaded into
-                self.homes.append((parameter, home))
+            made = replace_parameters(module, lambda p: tensor_at(memory.bytes, next(places), p).copy_(p))
+            self.homes += [(parameter, parameter.data) for parameter in made]
             for child in module.modules():
                 for name, buffer in list(child.named_buffers(recurse=False)):
                     setattr(child, name, buffer.to(self._device))
@@ -151,9 +148,9 @@ class Residency:
         """Of the transformers whose blocks are streamed."""
         return tuple(self._streams or ())
 
-    def on_device_now(self, name: str) -> bool:
-        """Whether the component's weights are on the device, other than between its uses."""
-        return name not in self._components or self._components[name].here
+    def components_on_device(self) -> tuple[str, ...]:
+        """Which of the offloaded components are on the device now."""
+        return tuple(name for name, component in self._components.items() if component.here)
 
     def weights_bytes(self, *modules: nn.Module) -> int:
         """Bytes of the device that the weights of a pipeline with these modules take: what always stays, and room for

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from safelight.runtime.models.host_memory import HostMemory, layout, tensor_at
+from safelight.runtime.models.host_memory import HostMemory, layout, replace_parameters, tensor_at
 
 
 class BlockStream:
@@ -58,18 +58,17 @@ class BlockStream:
             self._host.page_lock()
 
     def _place_block(self, index: int, block: nn.Module) -> None:
-        parameters = list(block.parameters())
         if index >= self._count:
-            homes = [p.detach().to(self._device, copy=True) for p in parameters]  # ordinary tensors, as the others
-        else:
-            offsets, _ = layout(parameters)
-            homes = [tensor_at(self._buffers[index % 2], o, p) for o, p in zip(offsets, parameters, strict=True)]
-            for offset, parameter in zip(offsets, parameters, strict=True):
-                tensor_at(self._source(index), offset, parameter).copy_(parameter)
-        made = {id(p): nn.Parameter(h, requires_grad=False) for p, h in zip(parameters, homes, strict=True)}
-        for child in block.modules():
-            for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-                setattr(child, name, made[id(parameter)])
+            replace_parameters(block, lambda p: p.detach().to(self._device, copy=True))
+            return
+        offsets = iter(layout(list(block.parameters()))[0])
+
+        def home_of(parameter: Tensor) -> Tensor:
+            offset = next(offsets)
+            tensor_at(self._source(index), offset, parameter).copy_(parameter)
+            return tensor_at(self._buffers[index % 2], offset, parameter)
+
+        replace_parameters(block, home_of)
 
     def _source(self, index: int) -> Tensor:
         return self._host.bytes[self._ends[index] - self._sizes[index] : self._ends[index]]

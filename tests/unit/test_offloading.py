@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from deeper_wan import SCRIPTS, deeper_wan, script
 from msgspec import structs
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,34 +35,10 @@ ALL = ("dit", "text_encoder", "image_encoder", "vae")
 LAYERS = 5
 
 
-def deepen(transformer: Path, layers: int) -> None:
-    """Gives a tiny transformer more blocks, no two alike."""
-    config = json.loads((transformer / "config.json").read_text())
-    file = transformer / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    generator = torch.Generator().manual_seed(5)
-    for name in [name for name in tensors if name.startswith("blocks.0.")]:
-        for layer in range(int(config["num_layers"]), layers):
-            noise = torch.randn(tensors[name].shape, generator=generator)
-            tensors[name.replace("blocks.0.", f"blocks.{layer}.")] = tensors[name] * (1 + 0.2 * noise)
-    save_file(tensors, file)
-    (transformer / "config.json").write_text(json.dumps(config | {"num_layers": layers}))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    path = Path(__file__).parents[2] / "scripts" / "make_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("make_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # dataclasses look their module up
-    spec.loader.exec_module(script)
-    folder = tmp_path_factory.mktemp("wan")
-    script.make("wan2.1-t2v", folder)
-    deepen(folder / "transformer", LAYERS)
-    return folder
+    return deeper_wan(tmp_path_factory.mktemp("wan"), LAYERS)
 
 
 def loaded(checkpoint: Path, *offload: str, dtype: torch.dtype = torch.float32, **others: Any) -> WanPipeline:
@@ -200,29 +175,27 @@ def test_blocks_are_copied_once_a_forward_and_live_in_two_buffers(
 
 
 def test_encoder_and_vae_are_on_the_device_only_for_their_ops(offloaded: WanPipeline) -> None:
-    def here() -> tuple[bool, bool]:
-        return offloaded.residency.on_device_now("text_encoder"), offloaded.residency.on_device_now("vae")
-
+    here = offloaded.residency.components_on_device
     encoder, vae = offloaded.text_encoder.module, offloaded.vae.module
     homes = addresses(encoder), addresses(vae)
     objects = list(map(id, vae.parameters()))
-    assert here() == (False, False)
+    assert here() == ()
     with torch.inference_mode():
         states = [offloaded.prepare(r, offloaded.encode(r), 0) for r in (request(seed=1), request(seed=2))]
-        assert here() == (False, False)
+        assert here() == ()
         _, cursor = offloaded.decode(states[0], None)
-        assert here() == (False, True)
+        assert here() == ("vae",)
         first = addresses(vae)
         assert not set(first) & set(homes[1])
         offloaded.step(states)
         _, cursor = offloaded.decode(states[0], cursor)
         assert addresses(vae) == first, "not moved again for the next chunk"
         offloaded.encode(request())
-        assert here() == (False, False), "the encoder needed the room"
+        assert here() == (), "the encoder needed the room"
         _, other = offloaded.decode(states[1], None)
         _, cursor = offloaded.decode(states[0], cursor)
         assert cursor is None
-        assert here() == (False, False), "the end of a sequence, although the other one is not done"
+        assert here() == (), "the end of a sequence, although the other one is not done"
         _, other = offloaded.decode(states[1], other)
         assert other is not None
     assert (addresses(encoder), list(map(id, vae.parameters()))) == (homes[0], objects)
@@ -250,8 +223,7 @@ def test_a_failure_leaves_everything_usable(
                 patch.setattr(owner, name, fails)
                 with pytest.raises(RuntimeError, match="out of memory"):
                     call()
-            assert not offloaded.residency.on_device_now("text_encoder")
-            assert not offloaded.residency.on_device_now("vae")
+            assert offloaded.residency.components_on_device() == ()
     assert all(torch.equal(a, b) for a, b in zip(run(offloaded, [request()]), expected, strict=True))
 
 
@@ -271,7 +243,7 @@ def test_a_component_that_does_not_fit_leaves_no_half_of_it(offloaded: WanPipeli
         with pytest.raises(torch.OutOfMemoryError):
             visit.__enter__()
     assert addresses(vae) == homes
-    assert not offloaded.residency.on_device_now("vae")
+    assert offloaded.residency.components_on_device() == ()
 
 
 def test_visits_do_not_nest(offloaded: WanPipeline) -> None:
@@ -279,7 +251,7 @@ def test_visits_do_not_nest(offloaded: WanPipeline) -> None:
     with offloaded.residency.on_device("vae"), pytest.raises(RuntimeError, match="one after the other"):
         inner.__enter__()
     with offloaded.residency.on_device("text_encoder"):
-        assert offloaded.residency.on_device_now("text_encoder")
+        assert offloaded.residency.components_on_device() == ("text_encoder",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +376,7 @@ def test_tied_parameters_stay_tied() -> None:
     with residency.on_device("text_encoder") as visit:
         assert model["a"].weight is model["b"].weight
         visit.more = True
-    assert residency.on_device_now("text_encoder")
+    assert residency.components_on_device() == ("text_encoder",)
     assert residency.weights_bytes(model) == 0
     assert residency.encode_bytes == 4 * (9 + 3 + 3 + 3 + 3)
 
@@ -462,8 +434,10 @@ def test_each_flag_reaches_the_model(
         made = _load(worker, _options(worker, CPU))
     assert isinstance(made, WanPipeline)
     assert isinstance(made.transformer.blocks, StreamedBlocks) == (part == "dit")
-    assert made.residency.on_device_now("text_encoder") == (part != "text_encoder")
-    assert made.residency.on_device_now("vae") == (part != "vae")
+    assert made.residency.components_on_device() == ()
+    for name in ("text_encoder", "vae"):
+        with made.residency.on_device(name):
+            assert made.residency.components_on_device() == ((name,) if part == name else ())
     lines = [(record.levelname, record.message) for record in caplog.records]
     if part == "image_encoder":
         assert lines == [("WARNING", "--image-encoder-cpu-offload does nothing: this model has no such component")]
@@ -476,3 +450,20 @@ def test_each_flag_reaches_the_model(
         caplog.clear()
         _load(structs.replace(worker, group=1), _options(worker, CPU))
     assert "WARNING" not in {record.levelname for record in caplog.records}, "one rank of all says so"
+
+
+def test_the_benchmark_runs_on_a_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same code as on a GPU, without a cap."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    modules = [name for name in sys.modules if name.startswith("safelight.runtime.models")]
+    kept = {name: dict(vars(sys.modules[name])) for name in modules}
+    size = ["--frames", "5", "--height", "32", "--width", "48", "--steps", "1"]
+    try:
+        script("bench_offload").main(["--family", "wan", "--size", "tiny", *size])
+    finally:
+        for name, values in kept.items():  # it takes the place of what reads weights
+            vars(sys.modules[name]).update(values)
+    report = json.loads(capsys.readouterr().out)
+    assert report["equal"] == [True, True, True]
+    assert report["resident"]["ms_per_step"] > 0
+    assert set(report["offloaded"]["peak_gb"]) == {"load", "encode", "step", "decode"}
