@@ -17,29 +17,39 @@ from torch import Tensor, nn
 from safelight.runtime.errors import ConfigError
 
 _ALIGNMENT = 256  # bytes; what kernels assume of a tensor's address is less
+_PAGE = 4096
 
 
 class HostMemory:
     """`bytes`: (N,) uint8 on the CPU. It stays page-locked as long as this object lives."""
 
     def __init__(self, nbytes: int) -> None:
+        self._pages = -(-nbytes // _PAGE)  # nothing else is on them: a page is locked once
         with torch.inference_mode(False):
-            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            whole = torch.empty((self._pages + 1) * _PAGE, dtype=torch.uint8, device="cpu")
+            start = -whole.data_ptr() % _PAGE
+            self.bytes = whole[start : start + nbytes]
 
-    def page_lock(self) -> None:
-        """Call it once, after the memory was filled. Raises ConfigError when the host refuses."""
-        if not self.bytes.numel():
+    def page_lock(self, device: torch.device) -> None:
+        """Call it once, after the memory was filled; `device` is the one that reads it. Raises ConfigError when the
+        host refuses."""
+        if not self._pages:
             return
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = self.bytes.data_ptr()
-        code = int(runtime.cudaHostRegister(address, self.bytes.numel(), 0))
+        code = int(runtime.cudaHostRegister(address, self._pages * _PAGE, 0))
         if code != 0:
             raise ConfigError(
                 f"--pin-cpu-memory: the host does not lock {self.bytes.numel() / 1e9:.1f} GB of memory (CUDA error "
                 f"{code}); use --no-pin-cpu-memory, which is slower, or offload less",
                 param="pin_cpu_memory",
             )
-        weakref.finalize(self, runtime.cudaHostUnregister, address)
+        weakref.finalize(self, _unlock, runtime, address, device)
+
+
+def _unlock(runtime: Any, address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may be under way
+    runtime.cudaHostUnregister(address)
 
 
 def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:

@@ -56,7 +56,7 @@ class _Component:
                 for name, buffer in list(child.named_buffers(recurse=False)):
                     setattr(child, name, buffer.to(self._device))
         if self._pin:
-            memory.page_lock()
+            memory.page_lock(self._device)
         self._memory.append(memory)
 
     def enter(self) -> None:

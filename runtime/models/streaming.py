@@ -55,7 +55,7 @@ class BlockStream:
         for index, block in enumerate(blocks):
             self._place_block(index, block)
         if pin:
-            self._host.page_lock()
+            self._host.page_lock(self._device)
 
     def _place_block(self, index: int, block: nn.Module) -> None:
         if index >= self._count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def script(name: str) -> ModuleType:
-    """A module of scripts/, which is not a package."""
+    """A module of scripts/, which is not a package; it may import others of them."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
     return module(SCRIPTS / f"{name}.py")
 
 

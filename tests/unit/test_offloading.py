@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deeper_wan import SCRIPTS, deeper_wan, script
+from deeper_wan import deeper_wan, script
 from msgspec import structs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -452,9 +452,8 @@ def test_each_flag_reaches_the_model(
     assert "WARNING" not in {record.levelname for record in caplog.records}, "one rank of all says so"
 
 
-def test_the_benchmark_runs_on_a_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     """The same code as on a GPU, without a cap."""
-    monkeypatch.syspath_prepend(SCRIPTS)
     modules = [name for name in sys.modules if name.startswith("safelight.runtime.models")]
     kept = {name: dict(vars(sys.modules[name])) for name in modules}
     size = ["--frames", "5", "--height", "32", "--width", "48", "--steps", "1"]
