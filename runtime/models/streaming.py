@@ -10,12 +10,55 @@ host never waits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from safelight.runtime.models.host_memory import HostMemory, layout, replace_parameters, tensor_at
+
+
+class CudaOrder:
+    """Copies on a stream of their own, and the events between it and the caller's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._written = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def adopt(self, buffer: Tensor) -> None:
+        """Memory of a deleted buffer is not used again before the copies into it are done."""
+        buffer.record_stream(self._stream)
+
+    def mark(self) -> None:
+        """Copies queued from now on start after everything that has been launched."""
+        self._computed.record(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def copying(self, place: int) -> Iterator[None]:
+        """What is queued inside writes buffer `place`, after the last mark."""
+        self._stream.wait_event(self._computed)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._written[place].record(self._stream)
+
+    def use(self, place: int) -> None:
+        """What is launched from now on starts after the copy into buffer `place` that was queued last."""
+        torch.cuda.current_stream(self._device).wait_event(self._written[place])
+
+
+class HostOrder:
+    """Everything runs in the order in which it is called."""
+
+    def adopt(self, buffer: Tensor) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def copying(self, place: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def use(self, place: int) -> None: ...
 
 
 class BlockStream:
@@ -25,7 +68,14 @@ class BlockStream:
     the first could not be copied while the last computes.
     """
 
-    def __init__(self, lists: Sequence[nn.ModuleList], device: torch.device, *, pin: bool) -> None:
+    def __init__(
+        self,
+        lists: Sequence[nn.ModuleList],
+        device: torch.device,
+        *,
+        pin: bool,
+        order: CudaOrder | HostOrder | None = None,
+    ) -> None:
         blocks = [block for each in lists for block in each]
         self.copies = 0  # blocks copied so far
         self._count = len(blocks) - len(blocks) % 2
@@ -33,9 +83,7 @@ class BlockStream:
         self._open: int | None = None
         self._held: list[int | None] = [None, None]
         cuda = device.type == "cuda"
-        self._copies_on = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
-        self._computed = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        self._written = [torch.cuda.Event() if cuda else None for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._order = order or (CudaOrder(device) if cuda else HostOrder())
         with torch.inference_mode(False):
             self._place(blocks, pin=pin and cuda)
 
@@ -50,8 +98,7 @@ class BlockStream:
         widest = [max(sizes[parity::2], default=0) for parity in range(2)]
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in widest]
         for buffer in self._buffers:
-            if self._copies_on is not None:
-                buffer.record_stream(self._copies_on)  # a model that is deleted may have a copy under way
+            self._order.adopt(buffer)
         for index, block in enumerate(blocks):
             self._place_block(index, block)
         if pin:
@@ -94,11 +141,9 @@ class BlockStream:
         self._open = index
         if index >= self._count:
             return
-        if self._computed is not None:
-            self._computed.record(torch.cuda.current_stream(self._device))
+        self._order.mark()
         self._bring(index)
-        if (written := self._written[index % 2]) is not None:
-            torch.cuda.current_stream(self._device).wait_event(written)
+        self._order.use(index % 2)
         self._bring((index + 1) % self._count)
 
     def leave(self, index: int) -> None:
@@ -113,14 +158,9 @@ class BlockStream:
         if self._held[place] == index:
             return
         self._held[place] = None  # if what follows fails
-        stream, computed, written = self._copies_on, self._computed, self._written[place]
-        if stream is not None and computed is not None:
-            stream.wait_event(computed)
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            source = self._source(index)
+        source = self._source(index)
+        with self._order.copying(place):
             self._buffers[place][: source.numel()].copy_(source, non_blocking=True)
-        if stream is not None and written is not None:
-            written.record(stream)
         self._held[place] = index
         self.copies += 1
 

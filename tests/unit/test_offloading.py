@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.configs.families import identify
 from safelight.configs.server_args import ServerArgs
+from safelight.runtime.errors import ConfigError
 from safelight.runtime.launch.folders import create_run_folder
 from safelight.runtime.launch.processes import Group
 from safelight.runtime.launch.specs import worker_spec
@@ -25,7 +29,7 @@ from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
 from safelight.runtime.models.host_memory import HostMemory, layout, tensor_at
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.models.residency import Residency
-from safelight.runtime.models.streaming import StreamedBlocks, stream_blocks
+from safelight.runtime.models.streaming import BlockStream, HostOrder, StreamedBlocks, stream_blocks
 from safelight.runtime.models.wan.pipeline import WanPipeline, load
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.worker.main import _load, _options
@@ -356,6 +360,67 @@ def test_two_lists_are_one_stream(first: int, second: int) -> None:
     assert (len(net.blocks), len(net.single_blocks)) == (first, second)
 
 
+class TwoQueues(HostOrder):
+    """What a device with two queues may assume of the order of its work, checked for the worst case: only what an event
+    says has happened. Computations and copies are numbered in the order in which they are queued."""
+
+    def __init__(self) -> None:
+        self.computed = self.marked = self.copied = self.used = 0
+        self.reader = [0, 0]  # of each buffer: the number of the last computation that reads it
+        self.written = [0, 0]  # the number of the last copy into it
+        self.early: list[str] = []
+
+    def mark(self) -> None:
+        self.marked = self.computed
+
+    @contextmanager
+    def copying(self, place: int) -> Iterator[None]:
+        if self.marked < self.reader[place]:
+            self.early.append(f"copy {self.copied} into {place} may come before computation {self.reader[place]}")
+        yield
+        self.copied += 1
+        self.written[place] = self.copied
+
+    def use(self, place: int) -> None:
+        self.used = max(self.used, self.written[place])
+
+    def compute(self, place: int) -> None:
+        self.computed += 1
+        self.reader[place] = self.computed
+        if self.used < self.written[place]:
+            self.early.append(f"computation {self.computed} may come before copy {self.written[place]}")
+
+
+def queue_forwards(order: TwoQueues, count: int) -> BlockStream:
+    """Three forwards, of which the second one ends in the middle."""
+    lists = [nn.ModuleList(nn.Linear(2, 2) for _ in range(count))]
+    stream = BlockStream(lists, CPU, pin=False, order=order)
+    for blocks in (count, count // 2, count):
+        for index in range(blocks):
+            stream.enter(index)
+            if index < len(stream):
+                order.compute(index % 2)
+            stream.leave(index)
+    return stream
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 9])
+def test_no_copy_and_no_computation_comes_too_early(count: int) -> None:
+    order = TwoQueues()
+    stream = queue_forwards(order, count)
+    assert order.early == []
+    assert order.copied == stream.copies
+    assert order.computed >= 2 * len(stream)
+
+
+@pytest.mark.parametrize("missing", ["mark", "use"])
+def test_each_event_is_needed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TwoQueues, missing, lambda *_: None)
+    order = TwoQueues()
+    queue_forwards(order, 6)
+    assert order.early
+
+
 def test_streamed_blocks_are_refused_by_index_and_side_by_side() -> None:
     net = Net(2, 2)
     stream_blocks(net, ("blocks", "single_blocks"), CPU, pin=False)
@@ -408,6 +473,42 @@ def test_packed_tensors_keep_shapes_and_values() -> None:
         tensor_at(memory.bytes, offset, tensor).copy_(tensor)
     for offset, tensor in zip(offsets, tensors, strict=True):
         assert torch.equal(tensor_at(memory.bytes, offset, tensor), tensor)
+
+
+class CudaRuntime:
+    """Registers pages as CUDA does, or answers with an error."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.locked = code, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.locked[address] = size
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+def test_whole_pages_are_locked_as_long_as_the_memory_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = CudaRuntime(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    memories = [HostMemory(nbytes) for nbytes in (1, 4096, 5000, 0)]
+    for memory in memories:
+        memory.page_lock(CPU)
+    assert [(address % 4096, size) for address, size in runtime.locked.items()] == [(0, 4096), (0, 4096), (0, 8192)]
+    ranges = sorted((address, address + size) for address, size in runtime.locked.items())
+    assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
+    del memory, memories
+    assert not runtime.locked
+
+
+def test_a_host_that_locks_no_memory_is_told_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: CudaRuntime(2))
+    with pytest.raises(ConfigError, match="--no-pin-cpu-memory") as caught:
+        HostMemory(1).page_lock(CPU)
+    assert caught.value.param == "pin_cpu_memory"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
