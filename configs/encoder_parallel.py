@@ -29,6 +29,8 @@ class EncoderShape:
     inner: int  # heads x head dim
     d_ff: int
     vocabulary: int
+    tokens: int = TOKENS  # of each prompt
+    prompts: int = PROMPTS  # of a usual request
 
     @property
     def layer_weights(self) -> int:
@@ -52,13 +54,13 @@ def encode_seconds(shape: EncoderShape, shares: EncoderShares, device: str) -> f
     results' way to all ranks."""
     tp, sets = shares.tp, shares.sets
     machine, memory = _machine(device)
-    tokens = TOKENS * -(-PROMPTS // min(PROMPTS, sets))  # of the set that has most
+    tokens = shape.tokens * -(-shape.prompts // min(shape.prompts, sets))  # of the set that has most
     part = -(-shape.heads // tp) / shape.heads
     work = 2.0 * shape.layer_weights * tokens * part / 1e12 / machine.tflops
     reading = _BYTES * shape.layer_weights * part / memory
     summed = _SUM_BYTES * tokens * shape.width * 2 * (tp - 1) / tp / machine.link
     sums = (2 * shape.layers + 1) * (machine.latency_s + summed) if tp > 1 else 0.0
-    sent = PROMPTS * (machine.latency_s + _BYTES * TOKENS * shape.width / machine.link) if sets > 1 else 0.0
+    sent = shape.prompts * (machine.latency_s + _BYTES * shape.tokens * shape.width / machine.link) if sets > 1 else 0.0
     return max(work, reading) + sums + sent
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from safelight.configs.options import check_options, option
 from safelight.runtime.errors import InvalidRequest
@@ -28,9 +29,31 @@ class SamplingParams:
     num_outputs_per_prompt: int | None = option(None, "pictures or videos per prompt")
     sampler: str | None = option(None, "flow-matching sampler, as `safelight models` lists them")
     image_path: str = option("", "picture to start from: PNG, JPEG or WebP")
+    true_cfg_scale: float | None = option(
+        None, "classifier-free guidance of models that --guidance-scale steers another way; 1 switches it off"
+    )
 
     def __post_init__(self) -> None:
         check_options(self, InvalidRequest)
+
+    @staticmethod
+    def of(request: Any) -> SamplingParams:
+        """The parameters of a `runtime.messages.GenerationRequest` (which this layer does not import): complete, but
+        for its pictures."""
+        return SamplingParams(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            fps=request.fps,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            seed=request.seed,
+            num_outputs_per_prompt=request.num_outputs,
+            sampler=request.sampler,
+            true_cfg_scale=request.true_cfg_scale,
+        )
 
     def merged_over(self, defaults: SamplingParams) -> SamplingParams:
         """This request with every None replaced by the default's value."""

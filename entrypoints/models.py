@@ -22,6 +22,7 @@ def supported() -> list[dict[str, Any]]:
             "num_frames": variant.defaults.num_frames,
             "num_inference_steps": variant.defaults.num_inference_steps,
             "guidance_scale": variant.defaults.guidance_scale,
+            "true_cfg_scale": variant.defaults.true_cfg_scale,
             "samplers": list(family.samplers),
             "note": variant.note,
         }

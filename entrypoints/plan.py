@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safelight.configs.encoder_parallel import EncoderShares, choose_encoder_shares, explain_encoder
 from safelight.configs.families import FAMILIES, ModelSpec, identify
@@ -28,10 +29,8 @@ def find_model(name: str) -> ModelSpec:
     variants = [(family.name, v) for family in FAMILIES.values() for v in family.variants if v.configs]
     for family, v in variants:
         if name in (v.name, v.hub_id):
-            c = v.configs
-            return ModelSpec(
-                family, v.name, Path(v.hub_id), v.task, v.defaults, c["transformer"], c["vae"], c["text_encoder"]
-            )
+            configs: Any = v.configs
+            return ModelSpec(family, v.name, Path(v.hub_id), v.task, v.defaults, **configs)
     known = ["builtin", *(v.name for _, v in variants)]
     raise ConfigError(f"--plan: no directory and no known model {name!r}{did_you_mean(name, known)}", param="plan")
 
@@ -39,17 +38,17 @@ def find_model(name: str) -> ModelSpec:
 def show(name: str, num_gpus: int, as_json: bool) -> None:
     """Prints the plan of a model at its default size. Raises ConfigError and ModelError."""
     spec = find_model(name)
-    if not FAMILIES[spec.family].capabilities.spans_ranks:
+    family = FAMILIES[spec.family]
+    if not family.capabilities.spans_ranks:
         raise ConfigError(f"--plan: {spec.variant} runs on one GPU; --replicas makes several of it", param="plan")
-    profile = FAMILIES[spec.family].profile(spec, spec.defaults)
-    transformer, guided = spec.transformer, profile.phases[0].batch_key.guided
-    heads = int(transformer["num_attention_heads"])
+    profile, attention = family.profile(spec, spec.defaults), family.attention_of(spec)
+    guided, heads = family.guided_by_default(spec), attention.heads
     patch = profile.latent_shape[1] * profile.latent_shape[2] * profile.latent_shape[3] // profile.tokens
     shape = StepShape(
-        tokens=profile.tokens,
+        tokens=profile.tokens + attention.joint_text,
         heads=heads,
-        head_dim=int(transformer["attention_head_dim"]),
-        layers=int(transformer["num_layers"]),
+        head_dim=attention.head_dim,
+        layers=attention.layers,
         prediction_channels=profile.latent_shape[0] * patch,
         branches=2 if guided else 1,
     )
@@ -58,7 +57,7 @@ def show(name: str, num_gpus: int, as_json: bool) -> None:
     cost = profile.phases[0].step_cost
     one, step = (predict(shape, cost, layout, H200) for layout in (alone, degrees))
     why = explain(degrees, wanted, heads, guided)
-    encoder, shares = FAMILIES[spec.family].encoder_of(spec), EncoderShares()
+    encoder, shares = family.encoder_of(spec), EncoderShares()
     if encoder is not None:
         shares = choose_encoder_shares(None, encoder, num_gpus, "cuda")
         why.append(explain_encoder(shares, None, encoder, num_gpus, "cuda"))

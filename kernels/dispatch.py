@@ -13,6 +13,8 @@ attention_lse(q, k, v)                  the same, and the log of each row's sum 
 rms_norm(x, weight, eps)                x: (B, S, E), weight: (E,) -> (B, S, E), over the whole width.
 rms_norm_rope(x, weight, cos, sin, eps) the same, then neighbouring pairs (2i, 2i+1) of every head rotated by the
                                         angle in cos, sin: (S, D/2) float32 (Su et al., arXiv 2104.09864).
+rms_norm_rope_heads(x, weight, cos, sin, eps)  weight: (D,): the norm of every head of x by itself, over its D, then
+                                        rotated as above.
 layer_norm(x, weight, bias, eps)        x: (B, S, E), weight, bias: (E,) float32.
 layer_norm_modulate(x, scale, shift, eps)  layer norm without weights, then * (1 + scale) + shift with scale, shift:
                                         (B, N, E) float32, N = 1 or S, dense last dim (adaLN, arXiv 2212.09748).
@@ -46,6 +48,7 @@ class KernelSet:
     attention_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    rms_norm_rope_heads: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,6 +62,7 @@ def reference_kernels() -> KernelSet:
         fused_attention.attention_lse,
         reference.rms_norm,
         reference.rms_norm_rope,
+        reference.rms_norm_rope_heads,
         reference.layer_norm,
         reference.layer_norm_modulate,
         reference.gated_residual,
@@ -75,6 +79,7 @@ def triton_kernels() -> KernelSet:
         fused_attention.attention_lse,
         rows.rms_norm,
         rows.rms_norm_rope,
+        rows.rms_norm_rope_heads,
         rows.layer_norm,
         rows.layer_norm_modulate,
         rows.gated_residual,

@@ -84,6 +84,7 @@ class GenerationRequest(Part):
     sampler: str
     media: MediaSpec
     images: tuple[InputImage, ...] = ()
+    true_cfg_scale: float | None = None  # None where the family has none
 
 
 class ErrorInfo(Part):

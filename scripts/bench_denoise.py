@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Times one forward of the Wan 2.1 1.3B transformer, ours beside diffusers', in one run with random weights.
+"""Times one forward of a family's transformer, ours beside diffusers', in one run with random weights.
 
-    scripts/bench_denoise.py [--size 1.3b|tiny] [--frames 81] [--height 480] [--width 832] [--rounds 12]
+    scripts/bench_denoise.py [--family wan|flux] [--size NAME] [--frames N] [--height N] [--width N] [--rounds 12]
 
 Prints one JSON line: median milliseconds of every variant (interleaved rounds, device events, fresh random inputs each
-time), the relative L2 distance of each from a float32 forward at five timesteps, and for our pipeline's guided steps
-the time in which the GPU did nothing. A variant that fails is reported with its error; the others are measured.
+time), the relative L2 distance of each from a float32 forward at five timesteps, and for our pipeline's steps the time
+in which the GPU did nothing. A variant that fails is reported with its error; the others are measured. With --apart
+each variant is loaded, timed and released before the next, for models of which the GPU holds one at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
 import statistics
 import subprocess
 import sys
@@ -21,78 +24,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import denoise
 import torch
 from make_checkpoint import make
 from torch import Tensor
 
-from safelight.configs.sampling_params import SamplingParams
-from safelight.kernels.dispatch import KernelSet, reference_kernels, triton_kernels
-from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
-from safelight.runtime.models.wan.pipeline import WanConditioning, WanPipeline
-from safelight.runtime.models.wan.transformer import WanConfig, WanText, WanTransformer
-from safelight.runtime.models.wan.weights import name_map, parameter_dtype
-from safelight.runtime.parallel.mesh import ParallelMesh
-from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
-from safelight.runtime.samplers import make_sampler, read_config
+from safelight.kernels.dispatch import reference_kernels, triton_kernels
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, timestep, text -> prediction
+Forward = Callable[..., Tensor]  # a sample of the family's -> prediction
 TIMESTEPS = (1.0, 250.0, 500.0, 750.0, 999.0)
+FAMILIES = sorted(module.name for module in pkgutil.iter_modules(denoise.__path__))
 
 
-def ours(folder: Path, device: torch.device, kernels: KernelSet, compiled: bool) -> WanTransformer:
-    """Our transformer with a given kernel set (the runtime's own choice is `load_transformer`)."""
-    config = WanConfig.from_json(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = WanTransformer(config, ParallelMesh.single(), kernels)
-    load_weights(
-        model, checkpoint_files(folder), name_map(config), device,
-        lambda name: parameter_dtype(name, torch.bfloat16),
-    )  # fmt: skip
-    if compiled:
-        model.compile_blocks()
-    return model.eval()
-
-
-def theirs(folder: Path, device: torch.device, dtype: torch.dtype, compiled: bool) -> Forward:
-    from diffusers import WanTransformer3DModel
-
-    model: Any = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).to(device).eval()
-    if compiled:
-        model.compile_repeated_blocks(fullgraph=True)
-    return lambda latents, timestep, text: model(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
-
-
-def as_forward(model: WanTransformer) -> Forward:
-    return lambda latents, timestep, text: model(latents, timestep, WanText(text))
-
-
-def variants(folder: Path, device: torch.device) -> dict[str, Callable[[], Forward]]:
+def variants(bench: Any) -> dict[str, Callable[[], Forward]]:
     """Everything that is measured, made one after the other."""
     made: dict[str, Callable[[], Forward]] = {
-        "diffusers": lambda: theirs(folder, device, torch.bfloat16, False),
-        "diffusers_compiled": lambda: theirs(folder, device, torch.bfloat16, True),
-        "ours_reference": lambda: as_forward(ours(folder, device, reference_kernels(), False)),
-        "ours_compiled": lambda: as_forward(ours(folder, device, reference_kernels(), True)),
+        "diffusers": lambda: bench.theirs(torch.bfloat16, False),
+        "diffusers_compiled": lambda: bench.theirs(torch.bfloat16, True),
+        "ours_reference": lambda: bench.ours(reference_kernels(), False),
+        "ours_compiled": lambda: bench.ours(reference_kernels(), True),
     }
-    if device.type == "cuda":
-        made["ours_triton"] = lambda: as_forward(ours(folder, device, triton_kernels(), False))
-        made["ours_triton_compiled"] = lambda: as_forward(ours(folder, device, triton_kernels(), True))
+    if bench.device.type == "cuda":
+        made["ours_triton"] = lambda: bench.ours(triton_kernels(), False)
+        made["ours_triton_compiled"] = lambda: bench.ours(triton_kernels(), True)
     return made
-
-
-class Inputs:
-    """Fresh random inputs of one latent shape."""
-
-    def __init__(self, shape: tuple[int, ...], text_dim: int, device: torch.device) -> None:
-        self.shape, self.text_dim, self.device = shape, text_dim, device
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def draw(self, timestep: float = 500.0) -> tuple[Tensor, Tensor, Tensor]:
-        latents = torch.randn(1, *self.shape, generator=self.generator, device=self.device)
-        text = torch.randn(1, 512, self.text_dim, generator=self.generator, device=self.device)
-        text[:, 100:] = 0
-        return latents, torch.full((1,), timestep, device=self.device), text
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -109,7 +64,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def prepare(made: dict[str, Callable[[], Forward]], inputs: Inputs, errors: dict[str, str]) -> dict[str, Forward]:
+def prepare(made: dict[str, Callable[[], Forward]], bench: Any, errors: dict[str, str]) -> dict[str, Forward]:
     """Builds and warms up every variant; what fails goes to `errors`."""
     ready: dict[str, Forward] = {}
     for name, build in made.items():
@@ -117,8 +72,8 @@ def prepare(made: dict[str, Callable[[], Forward]], inputs: Inputs, errors: dict
         try:
             forward = build()
             for _ in range(2):
-                forward(*inputs.draw())
-            if inputs.device.type == "cuda":
+                forward(*bench.draw())
+            if bench.device.type == "cuda":
                 torch.cuda.synchronize()
             ready[name] = forward
         except Exception as error:  # a failing variant must not lose the others' figures
@@ -127,33 +82,22 @@ def prepare(made: dict[str, Callable[[], Forward]], inputs: Inputs, errors: dict
     return ready
 
 
-def distances(forwards: dict[str, Forward], exact: Forward, inputs: Inputs) -> dict[str, list[float]]:
+Samples = list[tuple[Tensor, ...]]
+
+
+def distances(forwards: dict[str, Forward], samples: Samples, truths: list[Tensor]) -> dict[str, list[float]]:
     """Relative L2 distance from the float32 forward, per timestep."""
     found: dict[str, list[float]] = {name: [] for name in forwards}
-    for timestep in TIMESTEPS:
-        sample = inputs.draw(timestep)
-        truth = exact(*sample).float()
+    for sample, truth in zip(samples, truths, strict=True):
         for name, forward in forwards.items():
             distance = (forward(*sample).float() - truth).norm() / truth.norm()
             found[name].append(round(distance.item(), 6))
     return found
 
 
-def guided_steps(model: WanTransformer, root: Path, inputs: Inputs, steps: int) -> dict[str, float]:
-    """Our pipeline's steps with guidance: milliseconds each, and how long the GPU idled in them (profiler)."""
-    flow = read_config(read_json(root / "scheduler" / "scheduler_config.json"))
-    pipeline = WanPipeline(Any, inputs.device, ParallelMesh.single(), flow, model, Any, Any)  # type: ignore[arg-type]
-    params = SamplingParams(height=480, width=832, num_frames=81, num_inference_steps=50, guidance_scale=5.0)
-    request = GenerationRequest(
-        "", "", {}, params.height or 0, params.width or 0, params.num_frames or 0, 16, 50, 5.0, 0, 1, "unipc",
-        MediaSpec(MediaFormat.MP4),
-    )  # fmt: skip
-    latents, _, text = inputs.draw()
-    conditioning = WanConditioning(text[0].to(model.dtype), text[0].flip(0).to(model.dtype))
-    sigmas = make_sampler("unipc", flow).schedule(50).sigmas
-    state = DenoiseState(
-        latents[0], 0, sigmas, SamplerState(), torch.Generator().get_state(), 5.0, conditioning, request, 0
-    )
+def pipeline_steps(bench: Any, steps: int) -> dict[str, float]:
+    """Our pipeline's steps: milliseconds each, and how long the GPU idled in them (profiler)."""
+    pipeline, state = bench.steps(triton_kernels() if bench.device.type == "cuda" else reference_kernels())
 
     def run() -> None:
         current = state
@@ -161,8 +105,8 @@ def guided_steps(model: WanTransformer, root: Path, inputs: Inputs, steps: int) 
             (current,) = pipeline.step([current])
 
     run()
-    figures = {"ms": round(timed(run, inputs.device) / steps, 2)}
-    if inputs.device.type == "cuda":
+    figures = {"ms": round(timed(run, bench.device) / steps, 2)}
+    if bench.device.type == "cuda":
         figures |= idle(run, steps)
     return figures
 
@@ -196,53 +140,73 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def measure(args: argparse.Namespace, root: Path, device: torch.device) -> dict[str, Any]:
-    folder = root / "transformer"
-    config = WanConfig.from_json(read_json(folder / "config.json"))
-    shape = (config.in_channels, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
-    small = Inputs((config.in_channels, min(3, shape[1]), 30, 52), config.text_dim, device)
-    full, errors = Inputs(shape, config.text_dim, device), {}
-    made = variants(folder, device)
+def forget(forwards: dict[str, Forward]) -> None:
+    """Gives their memory back."""
+    forwards.clear()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
+    errors: dict[str, str] = {}
+    made = variants(bench)
     chosen = {name: made[name] for name in made if not args.only or name in args.only.split(",")}
-    forwards = prepare(chosen, full, errors)
-    times: dict[str, list[float]] = {name: [] for name in forwards}
-    for _ in range(args.rounds):
-        for name, forward in forwards.items():
-            sample = full.draw()
-            times[name].append(timed(lambda f=forward, s=sample: f(*s), device))  # type: ignore[misc]
-    medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
-    spread = {name: [round(min(values), 2), round(max(values), 2)] for name, values in times.items()}
-    print(json.dumps({"forward_ms": medians, "forward_ms_range": spread}), file=sys.stderr)
-    report: dict[str, Any] = {"forward_ms": medians, "forward_ms_range": spread}
-    try:
+    samples = [bench.draw(timestep, small=True) for timestep in TIMESTEPS]
+    exact = {"exact": bench.theirs(torch.float32, False)}
+    truths = [exact["exact"](*sample).float() for sample in samples]
+    forget(exact)
+    times: dict[str, list[float]] = {name: [] for name in chosen}
+    apart: dict[str, list[float]] = {}
+    for names in [[name] for name in chosen] if args.apart else [list(chosen)]:
+        forwards = prepare({name: chosen[name] for name in names}, bench, errors)
+        for _ in range(args.rounds):
+            for name, forward in forwards.items():
+                sample = bench.draw()
+                times[name].append(timed(lambda f=forward, s=sample: f(*s), bench.device))  # type: ignore[misc]
+        medians = {name: round(statistics.median(times[name]), 2) for name in forwards}
+        print(json.dumps({"forward_ms": medians}), file=sys.stderr)
         eager = {name: forward for name, forward in forwards.items() if "compiled" not in name or args.accuracy_all}
-        report["relative_l2"] = distances(eager, theirs(folder, device, torch.float32, False), small)
-        kernels = triton_kernels() if device.type == "cuda" else reference_kernels()
-        model = ours(folder, device, kernels, compiled=False)
-        report["guided_step"] = guided_steps(model, root, full, args.steps)
+        apart |= distances(eager, samples, truths)
+        forget(forwards)
+    measured = {name: values for name, values in times.items() if values}
+    report: dict[str, Any] = {
+        "forward_ms": {name: round(statistics.median(values), 2) for name, values in measured.items()},
+        "forward_ms_range": {n: [round(min(values), 2), round(max(values), 2)] for n, values in measured.items()},
+        "relative_l2": apart,
+    }
+    try:
+        report["pipeline_step"] = pipeline_steps(bench, args.steps)
     except Exception as error:  # keep the times when a later part fails
         errors["later"] = f"{type(error).__name__}: {error}"[:600]
-    return {"tokens": shape[1] * shape[2] * shape[3] // 4, **report, "errors": errors}
+    return {"tokens": bench.tokens, **report, "errors": errors}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Time one Wan transformer forward beside diffusers.")
-    parser.add_argument("--size", default="1.3b", choices=["1.3b", "tiny"])
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
+    parser = argparse.ArgumentParser(description="Time one transformer forward beside diffusers.")
+    parser.add_argument("--family", default="wan", choices=FAMILIES)
+    parser.add_argument("--size", help="of the checkpoint; default: the published one")
+    for name in ("frames", "height", "width"):
+        parser.add_argument(f"--{name}", type=int, help="default: the model's")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=3, help="guided pipeline steps to time")
+    parser.add_argument("--steps", type=int, default=3, help="pipeline steps to time")
     parser.add_argument("--only", help="comma-separated variants; default: all")
+    parser.add_argument("--apart", action="store_true", help="one variant on the GPU at a time")
     parser.add_argument(
         "--accuracy-all", action="store_true", help="distances of compiled variants too (compiles again)"
     )
     args = parser.parse_args()
+    family = importlib.import_module(f"denoise.{args.family}")
+    args.size = args.size or family.SIZES[0]
+    if args.size not in family.SIZES:
+        parser.error(f"--size: one of {', '.join(family.SIZES)} expected, got {args.size!r}")
+    for name, value in family.DEFAULTS.items():
+        setattr(args, name, getattr(args, name) or value)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         root = Path(temporary)
-        make("wan2.1-t2v", root, args.size, components=("transformer", "scheduler"), device=device)
-        measured = measure(args, root, device)
+        make(family.CHECKPOINT, root, args.size, components=("transformer", "scheduler"), device=device)
+        measured = measure(args, family.Bench(root, device, args.frames, args.height, args.width))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(json.dumps({"commit": commit(), "device": name, "torch": torch.__version__, **vars(args), **measured}))
     return 0

@@ -117,7 +117,8 @@ def _state(model: WanTransformer, device: torch.device, height: int, width: int,
 
 def diffusers_transformer(config: WanConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """diffusers' network of the same size with the dtypes of `from_pretrained(torch_dtype=dtype)`."""
-    from make_checkpoint import randomize, wan_transformer
+    from checkpoints.parts import randomize
+    from checkpoints.wan import wan_transformer
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     with torch.device("meta"):
@@ -137,8 +138,8 @@ def diffusers_transformer(config: WanConfig, device: torch.device, dtype: torch.
 
 def wan_vae(device: torch.device, dtype: torch.dtype, tiny: bool) -> tuple[Any, Tensor, Tensor]:
     """diffusers' AutoencoderKLWan of the published size, and the mean and inverse deviation of latents for `WanVae`."""
-    from make_checkpoint import randomize
-    from make_checkpoint import wan_vae as build
+    from checkpoints.parts import randomize
+    from checkpoints.wan import wan_vae as build
 
     with torch.device("meta"):
         module = build(8, dim_mult=[1, 1, 1, 1], num_res_blocks=1) if tiny else build(96)

@@ -11,10 +11,11 @@ from typing import Any
 from safelight.configs.families.base import Capabilities, Family, ModelSpec, Variant
 from safelight.configs.families.diffusers import FAMILY as ANY_OF_DIFFUSERS
 from safelight.configs.families.diffusers import identify_trusting
+from safelight.configs.families.flux import FAMILY as FLUX
 from safelight.configs.families.wan import FAMILY as WAN
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, ANY_OF_DIFFUSERS)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, FLUX, ANY_OF_DIFFUSERS)}
 
 __all__ = ["FAMILIES", "Capabilities", "Family", "ModelSpec", "Variant", "check_images", "identify"]
 

@@ -20,7 +20,7 @@ from safelight.configs.sampling_params import SamplingParams
 class Variant:
     """One published checkpoint: its hub id and the defaults that its authors recommend.
 
-    `configs`: its component configs, by component, for planning without the files.
+    `configs`: its component configs, by component (a field of ModelSpec), for planning without the files.
     """
 
     name: str
@@ -50,6 +50,17 @@ class ModelSpec:
     images: tuple[int, int] = (0, 0)  # how many pictures a request has to bring, and may
     image_grid: int = 0  # pictures come out as large as the one that came in, in multiples of this; 0: as asked
     reason: str = ""  # why this family was taken
+    text_encoder_2: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What sharing a step between ranks depends on. Every layer attends over the whole sequence once."""
+
+    heads: int
+    head_dim: int
+    layers: int
+    joint_text: int = 0  # text tokens in the same sequence as the picture's (JointShare); 0: cross-attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,7 @@ class Family:
     resolve(spec, params) -> SamplingParams: fills every unset field from the variant's defaults.
     validate(spec, params): raises InvalidRequest naming the parameter and the nearest valid values; never changes it.
     profile(spec, params) -> JobProfile.
+    attention(spec) -> AttentionShape: of a family that spans ranks.
     encoder(spec) -> EncoderShape: of the text encoder, if ranks can share its matrices; else None.
     """
 
@@ -84,9 +96,18 @@ class Family:
     identify: Callable[[Mapping[str, Any], Path], ModelSpec]
     validate: Callable[[ModelSpec, SamplingParams], None]
     profile: Callable[[ModelSpec, SamplingParams], JobProfile]
+    attention: Callable[[ModelSpec], AttentionShape] | None = None
     encoder: Callable[[ModelSpec], EncoderShape] | None = None
     backend: str = "safelight"  # as --backend calls it
     capabilities: Capabilities = Capabilities()
+
+    def attention_of(self, spec: ModelSpec) -> AttentionShape:
+        assert self.attention is not None, f"{self.name} runs on one rank"
+        return self.attention(spec)
+
+    def guided_by_default(self, spec: ModelSpec) -> bool:
+        """Whether a request with the model's defaults has two branches, which ranks can take apart."""
+        return any(phase.batch_key.guided for phase in self.profile(spec, spec.defaults).phases)
 
     def encoder_of(self, spec: ModelSpec) -> EncoderShape | None:
         return None if self.encoder is None else self.encoder(spec)

@@ -21,10 +21,12 @@ from safelight.runtime.errors import InvalidRequest, ModelError
 OWN_SCHEDULER = "default"  # the only sampler: the scheduler that the checkpoint names
 FRAMES = ("num_frames", "video_length")
 RATES = ("frame_rate", "fps")
-GUIDANCE = "guidance_scale"
+GUIDANCE, TRUE_CFG = "guidance_scale", "true_cfg_scale"
 CALLBACKS = ("callback_on_step_end", "callback")
 # What a request can fill, and what only this program may.
-REQUESTED = ("prompt", "negative_prompt", "image", "height", "width", "num_inference_steps", GUIDANCE, *FRAMES, *RATES)
+REQUESTED = (
+    "prompt", "negative_prompt", "image", "height", "width", "num_inference_steps", GUIDANCE, TRUE_CFG, *FRAMES, *RATES,
+)  # fmt: skip
 OWNED = (
     "generator", "output_type", "return_dict", "callback_steps", "callback_on_step_end_tensor_inputs",
     "num_images_per_prompt", "num_videos_per_prompt", "latents", *CALLBACKS,
@@ -171,6 +173,7 @@ def _defaults(spec: ModelSpec, call: CallSignature) -> SamplingParams:
         guidance_scale=float(call.number(GUIDANCE) or 1.0),
         num_outputs_per_prompt=1,
         sampler=OWN_SCHEDULER,
+        true_cfg_scale=call.number(TRUE_CFG),
     )
 
 
@@ -186,12 +189,14 @@ def validate(spec: ModelSpec, params: SamplingParams) -> None:
     _between("num_frames", params.num_frames, 1, MOST_FRAMES if is_video(call) else 1)
     _between("num_inference_steps", params.num_inference_steps, 1, MOST_STEPS)
     _between("guidance_scale", params.guidance_scale, 0.0, MOST_GUIDANCE)
+    if params.true_cfg_scale is not None:
+        _between(TRUE_CFG, params.true_cfg_scale, 0.0, MOST_GUIDANCE)
     _between("fps", params.fps, 1, MOST_FPS)
     _between("num_outputs_per_prompt", params.num_outputs_per_prompt, 1, MOST_OUTPUTS)
     if params.seed is not None:
         _between("seed", params.seed, 0, MAX_SEED)
     for name, empty in (("negative_prompt", ""), (GUIDANCE, spec.defaults.guidance_scale),
-                        ("num_inference_steps", spec.defaults.num_inference_steps)):  # fmt: skip
+                        (TRUE_CFG, None), ("num_inference_steps", spec.defaults.num_inference_steps)):  # fmt: skip
         if name not in call and getattr(params, name) != empty:
             raise InvalidRequest(f"{call.name} takes no {name}; leave it out", param=name)
     if params.sampler != OWN_SCHEDULER:

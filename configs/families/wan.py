@@ -6,14 +6,15 @@ prompt), and diffusers' WanPipeline (sizes in multiples of 16, 4n + 1 frames, 51
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from safelight.configs.families.base import Family, ModelSpec, Variant
-from safelight.configs.families.wan_costs import LATENT_CHANNELS, TEXT_TOKENS, encoder, profile
+from safelight.configs.families.components import read_component, read_settings
+from safelight.configs.families.limits import check_grid, check_usual
+from safelight.configs.families.wan_costs import LATENT_CHANNELS, TEXT_TOKENS, attention, encoder, profile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
@@ -24,8 +25,6 @@ NEGATIVE_PROMPT = (
 )
 SAMPLERS = ("unipc", "euler")
 SAMPLER_OF_CLASS = MappingProxyType({"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"})
-MAX_OUTPUTS, MAX_STEPS, MAX_GUIDANCE, MAX_FPS, MAX_SEED = 16, 1000, 100.0, 120, 2**62
-MAX_PROMPT_CHARACTERS = 20_000
 
 _PUBLISHED = SamplingParams(
     negative_prompt=NEGATIVE_PROMPT,
@@ -123,7 +122,7 @@ def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
     or has a wrong field, or it is another Wan (2.2, image to video).
     """
     _refuse_other_tasks(index)
-    transformer, vae, text_encoder = (_component(root, name, fields) for name, fields in _FIELDS.items())
+    transformer, vae, text_encoder = (read_component(root, name, fields, _LISTS) for name, fields in _FIELDS.items())
     if transformer.get("image_dim") is not None or transformer["in_channels"] != LATENT_CHANNELS:
         raise UnsupportedModel(
             f"{root} is not a text-to-video checkpoint: a transformer with {LATENT_CHANNELS} input channels and no "
@@ -142,7 +141,7 @@ def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
             f"{transformer['text_dim']}; are they of one model?",
             param="model_path",
         )
-    sampler = _read(root / "scheduler" / "scheduler_config.json")
+    sampler = read_settings(root / "scheduler" / "scheduler_config.json")
     variant = _variant(transformer, root)
     name = SAMPLER_OF_CLASS.get(str(sampler.get("_class_name")), "unipc")
     defaults = SamplingParams(sampler=name).merged_over(variant.defaults)
@@ -157,30 +156,6 @@ def _refuse_other_tasks(index: Mapping[str, Any]) -> None:
         raise UnsupportedModel(
             "this is Wan 2.2 TI2V (expand_timesteps), which is not supported yet", param="model_path"
         )
-
-
-def _component(root: Path, folder: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    path = root / folder / "config.json"
-    values = _read(path)
-    for name, default in fields.items():
-        value = values.setdefault(name, default)
-        numbers = [value] if name not in _LISTS else value if isinstance(value, list) else []
-        if len(numbers) != _LISTS.get(name, 1) or any(type(number) is not int or number < 1 for number in numbers):
-            kind = f"a list of {_LISTS[name]} positive integers" if name in _LISTS else "a positive integer"
-            raise ModelError(f"{path}: {name} must be {kind}, got {value!r}", param="model_path")
-    return values
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path} is missing; a complete checkpoint in diffusers format is needed", param="model_path")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}", param="model_path") from error
-    if not isinstance(values, dict) or not values:
-        raise ModelError(f"{path} must be a JSON object with the component's settings", param="model_path")
-    return values
 
 
 def _variant(transformer: Mapping[str, Any], root: Path) -> Variant:
@@ -202,42 +177,12 @@ def validate(spec: ModelSpec, params: SamplingParams) -> None:
     spatial, temporal = spec.vae["scale_factor_spatial"], spec.vae["scale_factor_temporal"]
     frames, rows, columns = spec.transformer["patch_size"]
     longest = spec.transformer["rope_max_seq_len"]  # positions along each axis
-    _grid("height", params.height, spatial * rows, 0, longest * spatial * rows)
-    _grid("width", params.width, spatial * columns, 0, longest * spatial * columns)
-    _grid("num_frames", params.num_frames, temporal * frames, 1, 1 + (longest * frames - 1) * temporal)
-    _between("num_inference_steps", params.num_inference_steps, 1, MAX_STEPS)
-    _between("guidance_scale", params.guidance_scale, 0.0, MAX_GUIDANCE)
-    _between("fps", params.fps, 1, MAX_FPS)
-    _between("num_outputs_per_prompt", params.num_outputs_per_prompt, 1, MAX_OUTPUTS)
-    if params.seed is not None:
-        _between("seed", params.seed, 0, MAX_SEED)
-    if params.sampler not in SAMPLERS:
-        raise InvalidRequest(f"sampler is one of {', '.join(SAMPLERS)}; got {params.sampler!r}", param="sampler")
-    for name, text in (("prompt", params.prompt), ("negative_prompt", params.negative_prompt)):
-        if text is not None and len(text) > MAX_PROMPT_CHARACTERS:
-            raise InvalidRequest(
-                f"{name} may have {MAX_PROMPT_CHARACTERS} characters (the model reads {TEXT_TOKENS} tokens); "
-                f"got {len(text)}",
-                param=name,
-            )
-
-
-def _grid(name: str, value: int | None, step: int, offset: int, most: int) -> None:
-    """`value` must be step * n + offset with n >= 1 (n >= 0 when there is an offset), and at most `most`."""
-    least = offset or step
-    assert value is not None, f"{name} was not filled from the defaults"
-    rule = f"{name} must be a multiple of {step}" + (f" plus {offset}" if offset else "")
-    if value < least or value > most:
-        raise InvalidRequest(f"{rule}, from {least} to {most}; got {value}", param=name)
-    if (value - offset) % step:
-        below = (value - offset) // step * step + offset
-        nearest = [v for v in (below, below + step) if least <= v <= most]
-        raise InvalidRequest(f"{rule}; got {value}, the nearest are {' and '.join(map(str, nearest))}", param=name)
-
-
-def _between(name: str, value: float | None, least: float, most: float) -> None:
-    if value is None or not least <= value <= most:  # NaN fails too
-        raise InvalidRequest(f"{name} must be from {least} to {most}; got {value!r}", param=name)
+    check_grid("height", params.height, spatial * rows, 0, longest * spatial * rows)
+    check_grid("width", params.width, spatial * columns, 0, longest * spatial * columns)
+    check_grid("num_frames", params.num_frames, temporal * frames, 1, 1 + (longest * frames - 1) * temporal)
+    if params.true_cfg_scale is not None:
+        raise InvalidRequest("Wan takes no true_cfg_scale: guidance_scale is its guidance", param="true_cfg_scale")
+    check_usual(params, SAMPLERS, text_tokens=TEXT_TOKENS)
 
 
 FAMILY = Family(
@@ -250,5 +195,6 @@ FAMILY = Family(
     identify=identify,
     validate=validate,
     profile=profile,
+    attention=attention,
     encoder=encoder,
 )

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from safelight.configs.encoder_parallel import EncoderShape
-from safelight.configs.families.base import ModelSpec
+from safelight.configs.families.base import AttentionShape, ModelSpec
 from safelight.configs.profile import BatchKey, JobProfile, Phase
 from safelight.configs.sampling_params import SamplingParams
 
@@ -57,6 +57,12 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         step_peak_bytes=branches * _forward_peak_bytes(spec.transformer, tokens) + 8 * latent_bytes,
         decode_peak_bytes=decode.peak_bytes,
     )
+
+
+def attention(spec: ModelSpec) -> AttentionShape:
+    """Text is attended to apart (cross-attention)."""
+    c = {name: int(spec.transformer[name]) for name in ("num_attention_heads", "attention_head_dim", "num_layers")}
+    return AttentionShape(c["num_attention_heads"], c["attention_head_dim"], c["num_layers"])
 
 
 def encoder(spec: ModelSpec) -> EncoderShape:

@@ -106,11 +106,7 @@ def _size(request: GenerationRequest) -> str:
 def usage(service: Service, request: GenerationRequest) -> Usage:
     """Text tokens in, latent tokens out."""
     spec = service.translator.spec
-    params = SamplingParams(
-        request.prompt, request.negative_prompt, request.height, request.width, request.num_frames, request.fps,
-        request.num_inference_steps, request.guidance_scale, request.seed, request.num_outputs, request.sampler,
-    )  # fmt: skip
     text = sum(len(ids) for ids in request.token_ids.values())
-    pictures = FAMILIES[spec.family].profile(spec, params).tokens * request.num_outputs
+    pictures = FAMILIES[spec.family].profile(spec, SamplingParams.of(request)).tokens * request.num_outputs
     details = TokenDetails(image_tokens=0, text_tokens=text)
     return Usage(input_tokens=text, output_tokens=pictures, total_tokens=text + pictures, input_tokens_details=details)

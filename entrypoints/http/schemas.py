@@ -19,6 +19,10 @@ Size = Annotated[
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED, description="of the noise; picture i uses seed + i; absent: drawn")]
 Steps = Annotated[int, Meta(ge=1, le=1000, description="denoising steps")]
 Guidance = Annotated[float, Meta(ge=0, le=100, description="classifier-free guidance; 1 switches it off")]
+TrueCfg = Annotated[
+    float,
+    Meta(ge=0, le=100, description="classifier-free guidance of models that guidance_scale steers another way; 1: off"),
+]
 Pixels = Annotated[int, Meta(ge=1, le=99_999)]
 
 
@@ -38,6 +42,7 @@ class ImageRequest(msgspec.Struct, kw_only=True, frozen=True):
     negative_prompt: Annotated[str, Meta(max_length=20_000)] | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: Guidance | None = None
+    true_cfg_scale: TrueCfg | None = None
     height: Pixels | None = None
     width: Pixels | None = None
     sampler: str | None = None
@@ -61,6 +66,7 @@ class VideoRequest(msgspec.Struct, kw_only=True, frozen=True):
     negative_prompt: Annotated[str, Meta(max_length=20_000)] | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: Guidance | None = None
+    true_cfg_scale: TrueCfg | None = None
     height: Pixels | None = None
     width: Pixels | None = None
     sampler: str | None = None

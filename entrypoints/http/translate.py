@@ -69,6 +69,7 @@ class Translator:
             negative_prompt=body.negative_prompt,
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
+            true_cfg_scale=body.true_cfg_scale,
             sampler=body.sampler,
             seed=body.seed if body.seed is not None else seed,
             **more,

@@ -18,10 +18,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     normed = _unit_rms(x, eps) * weight.float()
-    even, odd = torch.unflatten(normed, -1, (weight.numel() // (2 * cos.shape[-1]), cos.shape[-1], 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-3).to(x.dtype)
+    return _rotated(torch.unflatten(normed, -1, (weight.numel() // (2 * cos.shape[-1]), -1)), cos, sin).to(x.dtype)
+
+
+def rms_norm_rope_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    heads = torch.unflatten(x, -1, (x.shape[-1] // weight.numel(), weight.numel()))
+    return _rotated(_unit_rms(heads, eps) * weight.float(), cos, sin).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -34,6 +36,13 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + y.float() * gate).to(x.dtype)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """heads: (B, S, H, D) float32, cos, sin: (S, D/2) -> (B, S, H D)."""
+    even, odd = torch.unflatten(heads, -1, (cos.shape[-1], 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-3)
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+from safelight.kernels.reference import ops as reference
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -48,6 +49,24 @@ def _rms_norm(x, weight, cos, sin, out, tokens, width, x_row, pairs, eps,  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _rms_norm_rope_heads(x, weight, cos, sin, out, tokens, width, x_row, eps,  # type: ignore[no-untyped-def]
+                         DIM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    heads = tl.reshape(values, (BLOCK // DIM, DIM))
+    scale = tl.rsqrt(tl.sum(heads * heads, axis=1) / DIM + eps)
+    normed = heads * scale[:, None] * tl.load(weight + tl.arange(0, DIM)).to(tl.float32)[None, :]
+    even, odd = tl.split(tl.reshape(normed, (BLOCK // DIM, DIM // 2, 2)))
+    place = (row % tokens) * (DIM // 2) + tl.arange(0, DIM // 2)
+    c = tl.load(cos + place)[None, :]
+    s = tl.load(sin + place)[None, :]
+    rotated = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK,))
+    tl.store(out + row * width + columns, rotated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _gated_residual(x, y, gate, out, tokens, width, x_row, y_row, by_batch, by_token,  # type: ignore[no-untyped-def]
                     BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -67,6 +86,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     return _launch_rms(_rows(x), weight, cos.contiguous(), sin.contiguous(), eps, rotate=True)
+
+
+def rms_norm_rope_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    dim = weight.numel()
+    if dim & (dim - 1):
+        return reference.rms_norm_rope_heads(x, weight, cos, sin, eps)  # heads are taken apart in powers of two
+    x = _rows(x)
+    batch, tokens, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _rms_norm_rope_heads[(batch * tokens,)](
+        x,
+        weight,
+        cos.contiguous(),
+        sin.contiguous(),
+        out,
+        tokens,
+        width,
+        x.stride(1),
+        eps,
+        DIM=dim,
+        BLOCK=_block(width),
+    )
+    return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

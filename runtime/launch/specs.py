@@ -65,10 +65,10 @@ def degrees_of(args: ServerArgs, model: Path) -> Degrees:
     not take, too) and ModelError."""
     spec = identify(model, args.backend, args.trust_remote_code)
     check_backend(args, spec)
-    if not FAMILIES[spec.family].capabilities.spans_ranks:
+    family = FAMILIES[spec.family]
+    if not family.capabilities.spans_ranks:
         return Degrees()
-    guided = (spec.defaults.guidance_scale or 0.0) > 1.0
-    return choose_degrees(args.wanted_degrees, int(spec.transformer["num_attention_heads"]), guided)
+    return choose_degrees(args.wanted_degrees, family.attention_of(spec).heads, family.guided_by_default(spec))
 
 
 def encoder_shares_of(args: ServerArgs, model: Path, device: str) -> EncoderShares:

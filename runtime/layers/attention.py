@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of
-from safelight.runtime.layers.norm import RMSNorm
+from safelight.runtime.layers.norm import HeadNorm, RMSNorm
 from safelight.runtime.layers.rope import Rotary
 from safelight.runtime.parallel.joint import JointShare
 from safelight.runtime.parallel.sequence import SequenceGroups
@@ -62,38 +62,31 @@ class JointAttention(nn.Module):
 
     text: (B, t, E), image: (B, s, E), this rank's shares by `JointShare` -> the same shapes. Every token attends to all
     T + S tokens of all ranks, exactly, for any T >= 0 and any number of heads. q and k are RMS-normed over each head's
-    D, then rotated; tables of text and image positions are cut like the tokens (`JointShare.shard`, dim 0), joined, and
-    passed through `per_head`. The same on one rank as diffusers' FluxAttention. All samples have T text tokens:
-    padding would need a mask.
+    D, then rotated by `rotary`, which has this rank's text tokens and then its image tokens (`joint_rotary`). The
+    same on one rank as diffusers' FluxAttention. All samples have T text tokens: padding would need a mask.
     """
 
     def __init__(self, width: int, heads: int, eps: float, kernels: KernelSet, *, groups: SequenceGroups) -> None:
         super().__init__()
         self.heads, self.kernels, self.groups = heads, kernels, groups
         self.qkv, self.text_qkv = Linear(width, 3 * width), Linear(width, 3 * width)
-        self.norm_q, self.norm_k = (RMSNorm(width // heads, eps, kernels) for _ in range(2))
-        self.norm_text_q, self.norm_text_k = (RMSNorm(width // heads, eps, kernels) for _ in range(2))
+        self.norm_q, self.norm_k = (HeadNorm(width // heads, eps, kernels) for _ in range(2))
+        self.norm_text_q, self.norm_text_k = (HeadNorm(width // heads, eps, kernels) for _ in range(2))
         self.out, self.text_out = Linear(width, width), Linear(width, width)
 
     def forward(
         self, text: Tensor, image: Tensor, rotary: Rotary, share: JointShare, adapters: Adapters | None = None
     ) -> tuple[Tensor, Tensor]:
-        rows = self.heads * share.own_text
-        of_text, of_image = (Rotary(*(table[part] for table in rotary)) for part in (slice(rows), slice(rows, None)))
+        own = share.own_text
+        of_text, of_image = (Rotary(*(table[part] for table in rotary)) for part in (slice(own), slice(own, None)))
         texts = self.text_qkv(text, adapters_of(adapters, "text_qkv")).chunk(3, dim=-1)
         images = self.qkv(image, adapters_of(adapters, "qkv")).chunk(3, dim=-1)
-        q = self._heads(self.norm_text_q, texts[0], of_text), self._heads(self.norm_q, images[0], of_image)
-        k = self._heads(self.norm_text_k, texts[1], of_text), self._heads(self.norm_k, images[1], of_image)
-        v = [torch.unflatten(part, 2, (self.heads, self.norm_q.weight.numel())) for part in (texts[2], images[2])]
+        q = self.norm_text_q(texts[0], *of_text), self.norm_q(images[0], *of_image)
+        k = self.norm_text_k(texts[1], *of_text), self.norm_k(images[1], *of_image)
+        v = [torch.unflatten(part, 2, (self.heads, self.norm_q.head_dim)) for part in (texts[2], images[2])]
         joint = [torch.cat(parts, dim=1) for parts in (q, k, v)]
         attended = self.groups.attention(joint[0], joint[1], joint[2], share.length, self.kernels).flatten(2)
         own_text, own_image = share.split(attended)
         y: Tensor = self.text_out(own_text, adapters_of(adapters, "text_out"))
         z: Tensor = self.out(own_image, adapters_of(adapters, "out"))
         return y, z
-
-    def _heads(self, norm: RMSNorm, x: Tensor, rotary: Rotary) -> Tensor:
-        """(B, n, E) -> (B, n, H, D), each head normed and rotated by itself; n may be 0."""
-        batch, tokens, dim = *x.shape[:2], norm.weight.numel()
-        by_head = x.reshape(batch, tokens * self.heads, dim)
-        return norm.rotated(by_head, *rotary).view(batch, tokens, self.heads, dim)

@@ -50,12 +50,20 @@ class FeedForward(nn.Module):
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """(B, C, F, h, w) -> (B, S, C * pf * ph * pw): the operand of a Conv3d with that kernel and stride. Inverse: none,
-    because the output's channels come last (`unpatchify`)."""
+    """(B, C, F, h, w) -> (B, S, C * pf * ph * pw): the operand of a Conv3d with that kernel and stride. Inverse:
+    `packed_to_latents`."""
     b, c, f, h, w = latents.shape
     pf, ph, pw = patch
     x = latents.view(b, c, f // pf, pf, h // ph, ph, w // pw, pw)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * pf * ph * pw)
+
+
+def packed_to_latents(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """(B, S, C * pf * ph * pw) -> (B, C, F, h, w): the inverse of `patchify`, for models whose output has its channels
+    outermost (FLUX, Qwen-Image)."""
+    x = tokens.reshape(tokens.shape[0], *grid, -1, *patch)
+    x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:

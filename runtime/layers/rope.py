@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safelight.runtime.parallel.joint import JointShare
+
 
 class Rotary(NamedTuple):
     """Cosines and sines of every token's angles, float32 (S, D/2)."""
@@ -15,9 +17,9 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
-def per_head(rotary: Rotary, heads: int) -> Rotary:
-    """(S, D/2) -> (S H, D/2): a row for each head of each token, for layers that norm and rotate head by head."""
-    return Rotary(*(table.repeat_interleave(heads, dim=0) for table in rotary))
+def joint_rotary(text: Rotary, image: Rotary, share: JointShare) -> Rotary:
+    """Whole tables of text (T, D/2) and of image tokens (S, D/2) -> (t + s, D/2), this rank's, text first."""
+    return Rotary(*(torch.cat(share.shard(*tables, dim=0)) for tables in zip(text, image, strict=True)))
 
 
 class Rope3D(nn.Module):

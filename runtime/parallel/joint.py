@@ -24,7 +24,8 @@ from safelight.runtime.parallel.ulysses import split_sizes
 class JointShare:
     """Which of `text` text tokens and `image` image tokens this rank holds: the first `own_text` of its share are text.
 
-    All samples of a batch have T text tokens; states whose texts differ in length are other batches (their batch key).
+    All samples of a forward have T text tokens; states whose texts differ in length run in forwards of their own
+    (`pipelines/grouping.py`).
     """
 
     groups: SequenceGroups

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from safelight.runtime.pipelines.protocol import SamplerState
 from safelight.runtime.samplers.schedule import FlowConfig, Schedule
+
+Table = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +21,22 @@ class Euler:
 
     config: FlowConfig
 
-    def schedule(self, steps: int) -> Schedule:
-        """The reference shifts both ends of its training table and then the table interpolated between them again."""
-        n, shift = self.config.train_timesteps, self.config.shift
-        first, last = ((ends := np.array([n, 1], np.float32) / n) * shift / (1 + (shift - 1) * ends)).tolist()
-        table = np.linspace(first * n, last * n, steps) / n
-        sigmas = (shift * table / (1 + (shift - 1) * table)).astype(np.float32)
-        timesteps = (sigmas * np.float32(n)).tolist()
+    def schedule(self, steps: int, tokens: int | None = None) -> Schedule:
+        """Raises ValueError for a shift that grows with the image, without its tokens."""
+        config = self.config
+        table = _unit_table(steps) if config.unit_table else _trained_table(steps, config)
+        if config.dynamic is None:
+            shifted = _shifted(table, config.shift)
+        elif tokens is None:
+            raise ValueError("this schedule depends on the image's tokens")
+        else:
+            factor = config.dynamic.factor(tokens)
+            shifted = factor / (factor + (1 / table - 1))
+        if config.terminal is not None:
+            left = 1 - shifted
+            shifted = 1 - left / (left[-1] / (1 - config.terminal)) if left[-1] else shifted
+        sigmas = shifted.astype(np.float32)
+        timesteps = (sigmas * np.float32(config.train_timesteps)).tolist()
         return Schedule(torch.from_numpy(np.append(sigmas, np.float32(0))), tuple(timesteps))
 
     def step(
@@ -32,3 +44,23 @@ class Euler:
     ) -> tuple[torch.Tensor, SamplerState]:
         """x' = x + (sigma' - sigma) * v; the state stays empty."""
         return sample + (sigmas[index + 1] - sigmas[index]) * velocity, state
+
+
+def _shifted(table: Table, shift: float) -> Table:
+    """(n,) sigmas, moved towards 1 by a shift greater than 1, in the table's precision."""
+    moved: Table = shift * table / (1 + (shift - 1) * table)
+    return moved
+
+
+def _unit_table(steps: int) -> Table:
+    """(steps,) float32."""
+    return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+
+
+def _trained_table(steps: int, config: FlowConfig) -> Table:
+    """(steps,) float64 between the ends of the training table, which the reference shifts already (and the result
+    again)."""
+    n = config.train_timesteps
+    ends = np.array([n, 1], np.float32) / n
+    first, last = _shifted(ends, config.shift).tolist()
+    return np.linspace(first * n, last * n, steps) / n

@@ -6,7 +6,8 @@ Convention: x_sigma = (1 - sigma) * x_0 + sigma * noise, and the model predicts 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import exp
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +27,9 @@ class Schedule:
 class Sampler(Protocol):
     """A sampler is a frozen value; whatever it remembers between steps is in the SamplerState passed in and out."""
 
-    def schedule(self, steps: int) -> Schedule:
-        """The tables for `steps` >= 1 steps."""
+    def schedule(self, steps: int, tokens: int | None = None) -> Schedule:
+        """The tables for `steps` >= 1 steps. `tokens`: the image's, which a shift that grows with them needs
+        (`FlowConfig.dynamic`); others do not look at it."""
 
     def step(
         self, sigmas: Sequence[float], index: int, sample: torch.Tensor, velocity: torch.Tensor, state: SamplerState
@@ -40,13 +42,39 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DynamicShift:
+    """A shift that grows with the image: mu is linear in its tokens, `base_shift` at `base_tokens`, `max_shift` at
+    `max_tokens`, and goes on beyond (diffusers' `calculate_shift`). `linear`: the factor is mu, else exp(mu)."""
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    linear: bool = False
+
+    def mu(self, tokens: int) -> float:
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return tokens * slope + (self.base_shift - slope * self.base_tokens)
+
+    def factor(self, tokens: int) -> float:
+        return self.mu(tokens) if self.linear else exp(self.mu(tokens))
+
+
+@dataclass(frozen=True, slots=True)
 class FlowConfig:
-    """The settings of scheduler_config.json that flow matching reads. `sampler` is the authors' choice."""
+    """The settings of scheduler_config.json that flow matching reads. `sampler` is the authors' choice.
+
+    `unit_table`: sigmas start from linspace(1, 1/n, n), which the pipelines of image families pass to their scheduler,
+    and not from its training table. `terminal`: the last sigma before 0, to which the shifted table is stretched.
+    """
 
     sampler: str
     train_timesteps: int = 1000
     shift: float = 1.0
     solver_order: int = 2
+    unit_table: bool = False
+    dynamic: DynamicShift | None = None  # in place of `shift`
+    terminal: float | None = None
 
 
 _ANY_CLASS: dict[str, Any] = {
@@ -91,6 +119,41 @@ def read_config(raw: Mapping[str, Any]) -> FlowConfig:
         f"scheduler_config.json has _class_name = {kind!r}; UniPCMultistepScheduler and "
         "FlowMatchEulerDiscreteScheduler are supported"
     )
+
+
+def read_image_config(raw: Mapping[str, Any]) -> FlowConfig:
+    """The same for the image families (FLUX, Qwen-Image, Z-Image), whose pipelines pass sigmas of their own (see
+    `FlowConfig.unit_table`) and the image's tokens.
+
+    Raises ModelError naming the first setting that is not supported; the class is FlowMatchEulerDiscreteScheduler.
+    """
+    if (kind := raw.get("_class_name")) != "FlowMatchEulerDiscreteScheduler":
+        raise ModelError(f"scheduler_config.json: FlowMatchEulerDiscreteScheduler expected, got _class_name = {kind!r}")
+    static = read_config({**raw, "use_dynamic_shifting": False, "shift_terminal": None})
+    terminal = raw.get("shift_terminal")
+    if terminal is not None and not 0 < _positive(raw, "shift_terminal", 1.0) < 1:
+        raise ModelError(f"scheduler_config.json has shift_terminal = {terminal!r}; a number between 0 and 1 is needed")
+    dynamic = _dynamic(raw) if raw.get("use_dynamic_shifting", False) else None
+    return replace(static, unit_table=True, dynamic=dynamic, terminal=None if terminal is None else float(terminal))
+
+
+def _dynamic(raw: Mapping[str, Any]) -> DynamicShift:
+    kind = raw.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise ModelError(f"scheduler_config.json has time_shift_type = {kind!r}; exponential or linear is needed")
+    made = DynamicShift(
+        _positive(raw, "base_shift", 0.5),
+        _positive(raw, "max_shift", 1.15),
+        int(_positive(raw, "base_image_seq_len", 256)),
+        int(_positive(raw, "max_image_seq_len", 4096)),
+        kind == "linear",
+    )
+    if made.max_tokens <= made.base_tokens:
+        raise ModelError(
+            f"scheduler_config.json has max_image_seq_len = {made.max_tokens}; more than base_image_seq_len = "
+            f"{made.base_tokens} is needed"
+        )
+    return made
 
 
 def _require(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ class UniPC:
 
     config: FlowConfig
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int, tokens: int | None = None) -> Schedule:
         """Timesteps are truncated to integers from the float64 table, as in the reference."""
         n, shift = self.config.train_timesteps, self.config.shift
         table = np.linspace(1, 1 / n, steps + 1)[:-1]

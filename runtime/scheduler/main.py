@@ -101,10 +101,7 @@ class Profiler:
 
     def profile_of(self, request: m.GenerationRequest) -> JobProfile:
         """Raises InvalidRequest naming the parameter."""
-        params = SamplingParams(
-            request.prompt, request.negative_prompt, request.height, request.width, request.num_frames, request.fps,
-            request.num_inference_steps, request.guidance_scale, request.seed, request.num_outputs, request.sampler,
-        )  # fmt: skip
+        params = SamplingParams.of(request)
         check_images(self._spec, len(request.images))
         for image in request.images:
             check_ref(image)

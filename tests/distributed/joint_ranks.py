@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safelight.kernels.dispatch import KernelSet, reference_kernels
 from safelight.runtime.layers.attention import JointAttention
-from safelight.runtime.layers.rope import Rotary, per_head
+from safelight.runtime.layers.rope import Rotary, joint_rotary
 from safelight.runtime.parallel.joint import JointShare
 from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 from safelight.runtime.parallel.sequence import SequenceGroups
@@ -71,8 +71,8 @@ def attend(case: Case, mesh: ParallelMesh, kernels: KernelSet, *, swapped: bool 
         torch.randn(case.batch, case.image, width, generator=g),
     )
     text, image = share.shard(*whole)
-    tables = [share.shard(t[: case.text], t[case.text :], dim=0) for t in table(case)]
-    rotary = per_head(Rotary(*(torch.cat(parts) for parts in tables)), case.heads)
+    texts, images = (Rotary(*(t[part] for t in table(case))) for part in (slice(case.text), slice(case.text, None)))
+    rotary = joint_rotary(texts, images, share)
     for _ in range(LAYERS):
         layer = JointAttention(width, case.heads, 1e-6, kernels, groups=groups)
         for name, parameter in layer.named_parameters():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safelight.kernels.dispatch import reference_kernels
 from safelight.runtime.layers.attention import JointAttention
-from safelight.runtime.layers.rope import Rotary, per_head
+from safelight.runtime.layers.rope import Rotary
 from safelight.runtime.parallel.joint import JointShare
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.parallel.sequence import SequenceGroups
@@ -115,7 +115,7 @@ def test_one_rank_computes_what_diffusers_computes() -> None:
     whole = [t.repeat_interleave(2, dim=1) for t in (angles.cos(), angles.sin())]
     texts, images = torch.randn(2, text, width), torch.randn(2, image, width)
     share = JointShare.of(groups, text, image)
-    made = ours(texts, images, per_head(Rotary(angles.cos(), angles.sin()), heads), share)
+    made = ours(texts, images, Rotary(angles.cos(), angles.sin()), share)
     expected = theirs(images, texts, image_rotary_emb=(whole[0], whole[1]))
     torch.testing.assert_close(made[1], expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(made[0], expected[1], atol=1e-5, rtol=0)

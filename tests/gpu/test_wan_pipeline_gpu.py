@@ -42,15 +42,15 @@ def script(name: str) -> Any:
 def parity(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("wan")
     script("make_checkpoint").make("wan2.1-t2v", folder)
-    return script("parity_table").Parity(folder)
+    return script("parity_table").family("wan").Parity(folder)
 
 
 def parity_case() -> Any:
-    return sys.modules["parity_table"].CASES[0]
+    return sys.modules["parity.wan"].CASES[0]
 
 
 def on_gpu(parity: Any, dtype: torch.dtype) -> WanPipeline:
-    spec = identify(parity.spec.root)
+    spec = identify(parity.ours.spec.root)
     return load(spec, LoadOptions(torch.device("cuda"), dtype, torch.float32, None, ParallelMesh.single()))
 
 

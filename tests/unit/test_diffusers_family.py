@@ -195,11 +195,19 @@ def test_limits_of_requests(sd3: ModelSpec, changes: dict[str, Any], param: str)
 
 def test_a_parameter_that_the_call_does_not_take_is_refused(tmp_path: Path) -> None:
     spec = identify(write(tmp_path / "m", "StableVideoDiffusionPipeline", {}))
-    changes: dict[str, Any] = {"negative_prompt": "bad", "guidance_scale": 3.0}
+    changes: dict[str, Any] = {"negative_prompt": "bad", "guidance_scale": 3.0, "true_cfg_scale": 2.0}
     for name, value in changes.items():
         params = dataclasses.replace(spec.defaults, **{name: value})
         with pytest.raises(InvalidRequest, match=f"takes no {name}"):
             FAMILIES[spec.family].validate(spec, params)
+
+
+def test_true_cfg_scale_is_taken_where_the_call_has_it(tmp_path: Path) -> None:
+    spec = identify(write(tmp_path / "m", "QwenImagePipeline", {}), "diffusers")
+    assert spec.defaults.true_cfg_scale == 4.0
+    FAMILIES[spec.family].validate(spec, dataclasses.replace(spec.defaults, true_cfg_scale=2.5))
+    with pytest.raises(InvalidRequest, match="true_cfg_scale must be from 0 to 100"):
+        FAMILIES[spec.family].validate(spec, dataclasses.replace(spec.defaults, true_cfg_scale=101.0))
 
 
 def test_pictures_are_counted(sd3: ModelSpec, tmp_path: Path) -> None:

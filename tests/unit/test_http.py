@@ -155,6 +155,7 @@ def test_nulls_are_absent_ignored_fields_are_silent_and_unknown_ones_are_warned_
         ({"seed": -1}, "seed"),
         ({"num_inference_steps": 51}, "num_inference_steps"),
         ({"guidance_scale": 1000}, "guidance_scale"),
+        ({"true_cfg_scale": 4.0}, "true_cfg_scale"),
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": 101}, "output_compression"),
         ({"sampler": "magic"}, "sampler"),

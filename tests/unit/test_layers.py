@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safelight.kernels.dispatch import reference_kernels, select_kernels
-from safelight.runtime.layers.embeddings import patchify, timestep_sinusoids, unpatchify
+from safelight.runtime.layers.embeddings import packed_to_latents, patchify, timestep_sinusoids, unpatchify
 from safelight.runtime.layers.linear import Adapter, Linear, scoped
-from safelight.runtime.layers.norm import LayerNorm, RMSNorm
+from safelight.runtime.layers.norm import HeadNorm, LayerNorm, RMSNorm
 from safelight.runtime.layers.rope import Rope3D
 
 KERNELS = reference_kernels()
@@ -130,6 +130,21 @@ def test_unpatchify_puts_every_value_at_its_place() -> None:
     video = torch.arange(2 * 3 * 2 * 4 * 6.0).view(2, 3, 2, 4, 6)
     tokens = patchify(video, (1, 2, 2)).view(2, 12, 3, 4).transpose(2, 3).flatten(2)
     assert torch.equal(unpatchify(tokens, (2, 2, 3), (1, 2, 2)), video)
+
+
+def test_packed_patches_unpack_to_the_latents() -> None:
+    latents = torch.randn(2, 3, 2, 4, 6)
+    assert torch.equal(packed_to_latents(patchify(latents, (1, 2, 2)), (2, 2, 3), (1, 2, 2)), latents)
+
+
+def test_a_head_is_normed_and_rotated_by_itself() -> None:
+    norm, whole = HeadNorm(8, 1e-6, KERNELS), RMSNorm(8, 1e-6, KERNELS)
+    norm.weight.data = whole.weight.data = torch.randn(8)
+    x, angles = torch.randn(2, 5, 24), torch.randn(5, 4)
+    made = norm(x, angles.cos(), angles.sin())
+    for head in range(3):
+        expected = whole.rotated(x[..., 8 * head : 8 * head + 8], angles.cos(), angles.sin())
+        torch.testing.assert_close(made[:, :, head], expected)
 
 
 def test_sinusoids_start_with_cosines() -> None:

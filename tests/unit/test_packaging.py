@@ -159,7 +159,8 @@ def test_an_environment_for_tests_also_runs(
 ) -> None:
     start("-k", "x", script=str(clone / "scripts" / "test")).communicate(timeout=30)
     assert "-e .[dev]" in installs(tmp_path)[0]
-    assert (tmp_path / "calls").read_text().splitlines()[-1] == "-m pytest -k x"
+    wanted = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k x"
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == wanted
     start("models").communicate(timeout=30)
     assert len(installs(tmp_path)) == 1
 

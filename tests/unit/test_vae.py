@@ -118,6 +118,19 @@ def test_kl_equals_the_reference_both_ways(kl_folder: Path) -> None:
         assert (vae.decode(latents) - pixels).abs().max() <= TOLERANCE
 
 
+def test_kl_frames_are_the_references_picture(kl_folder: Path) -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae, latents = kl(kl_folder), noise(4, 1, 5, 3)
+    with torch.inference_mode():
+        pixels = vae.module.decode(latents[:, 0][None] / 0.4 + 0.1).sample
+        frames = vae.frames(latents)
+    picture: Any = VaeImageProcessor().postprocess(pixels, output_type="np")
+    assert frames.shape == (1, 20, 12, 3)
+    assert (frames.int() - torch.from_numpy((picture * 255).round())).abs().max() <= 1
+    assert frames.float().std() > 10
+
+
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("size", LONG)
 def test_wan_in_bands_equals_wan_in_one_piece(wan_folder: Path, size: tuple[int, int], frames: int) -> None:

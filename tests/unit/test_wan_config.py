@@ -98,7 +98,7 @@ def test_every_default_is_valid_and_has_a_profile(spec: ModelSpec) -> None:
         validate(spec, params)
         assert profile(spec, params).total_cost > 0
         unset = {f.name for f in dataclasses.fields(params) if getattr(params, f.name) is None}
-        assert unset == {"seed"}
+        assert unset == {"seed", "true_cfg_scale"}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,7 @@ def test_a_wrong_number_in_a_component_config_is_named(tmp_path: Path, name: str
         ("guidance_scale", float("nan"), "from 0"),
         ("guidance_scale", float("inf"), "from 0"),
         ("guidance_scale", 0.0, None),
+        ("true_cfg_scale", 4.0, "takes no true_cfg_scale"),
         ("fps", 0, "from 1"),
         ("num_outputs_per_prompt", 0, "from 1"),
         ("num_outputs_per_prompt", 17, "to 16"),

@@ -13,7 +13,7 @@ from PIL.Image import Resampling
 
 from safelight.configs.backend import check_call
 from safelight.configs.families import FAMILIES, ModelSpec
-from safelight.configs.families.diffusers import FRAMES, GUIDANCE, RATES
+from safelight.configs.families.diffusers import FRAMES, GUIDANCE, RATES, TRUE_CFG
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import JobFailed
@@ -62,15 +62,7 @@ class DiffusersPipeline:
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
-        params = SamplingParams(
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            num_outputs_per_prompt=request.num_outputs,
-        )
-        return FAMILIES[self.spec.family].profile(self.spec, params)
+        return FAMILIES[self.spec.family].profile(self.spec, SamplingParams.of(request))
 
     def encode(self, request: GenerationRequest) -> dict[str, Any]:
         """The arguments that all outputs share. The text itself is encoded by each output's call, in `prepare`."""
@@ -88,6 +80,8 @@ class DiffusersPipeline:
             values["negative_prompt"] = request.negative_prompt
         if request.guidance_scale != self.spec.defaults.guidance_scale or call.number(GUIDANCE) is not None:
             values[GUIDANCE] = request.guidance_scale
+        if request.true_cfg_scale is not None:
+            values[TRUE_CFG] = request.true_cfg_scale
         if request.images:
             values["image"] = self._image(request)
         given = {name: value for name, value in values.items() if name in call}

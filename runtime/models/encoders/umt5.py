@@ -72,20 +72,26 @@ def load_umt5(folder: Path, device: torch.device, dtype: torch.dtype, mesh: Para
     if values.get("model_type") != "umt5":
         raise ModelError(f"{folder / 'config.json'}: model_type umt5 expected, got {values.get('model_type')!r}")
     groups = EncoderGroups.of(ParallelMesh.single() if mesh is None else mesh)
-    whole = UMT5Config.from_dict(values)
-    module, parts = _share(whole, values, groups)
+    module: UMT5EncoderModel = load_share(folder, values, groups, device, dtype, (UMT5Config, UMT5EncoderModel))
+    return UMT5(module, device, UMT5Config.from_dict(values).vocab_size, groups)
+
+
+def load_share(
+    folder: Path, values: dict[str, Any], groups: EncoderGroups, device: torch.device, dtype: torch.dtype, kind: Any
+) -> Any:
+    """This rank's share of the T5-like encoder in `folder`, loaded. `kind`: its classes of config and of module;
+    `values`: its parsed config.json. Raises ModelError naming file and tensor."""
+    module, parts = _share(kind[0].from_dict(values), values, groups, kind)
     names = {name: (name,) for name, _ in module.named_parameters()}
     dtype = torch.float32 if dtype == torch.float16 else dtype
     tied = "encoder.embed_tokens.weight"
     files = checkpoint_files(folder, "model")
     load_weights(module, files, names, device, lambda _: dtype, ignored=lambda name: name == tied, parts=parts)
     module.train(False)
-    return UMT5(module, device, whole.vocab_size, groups)
+    return module
 
 
-def _share(
-    whole: UMT5Config, values: dict[str, Any], groups: EncoderGroups
-) -> tuple[UMT5EncoderModel, dict[str, Part]]:
+def _share(whole: Any, values: dict[str, Any], groups: EncoderGroups, kind: Any) -> tuple[Any, dict[str, Part]]:
     """The module of this rank's heads and feed-forward columns, on the meta device, and which part of each stored
     tensor it takes."""
     first_head, heads = share_of(whole.num_heads, group=groups.tp)
@@ -93,7 +99,7 @@ def _share(
     if heads == 0:
         raise ModelError(f"the text encoder's {whole.num_heads} heads do not go round {groups.size} ranks (--tp-size)")
     with torch.device("meta"):
-        module = UMT5EncoderModel(UMT5Config.from_dict(values | {"num_heads": heads, "d_ff": columns}))
+        module = kind[1](kind[0].from_dict(values | {"num_heads": heads, "d_ff": columns}))
         rows = SplitEmbedding(whole.vocab_size, whole.d_model, group=groups.tp)
     module.shared = module.shared if groups.tp is None else rows
     module.encoder.embed_tokens = module.shared  # one table under two names

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from safelight.runtime.models.vae.loading import load_autoencoder
+from safelight.runtime.models.vae.pixels import to_uint8
 from safelight.runtime.models.vae.tiles import band_dim, decode_kl_bands
 from safelight.runtime.parallel.vae import cut_for, shared
 
@@ -43,6 +44,10 @@ class KlVae:
                 count = -(-latents.shape[dim] // self.band_rows)
                 pixels = decode_kl_bands(self.module.decoder, x, dim=dim, count=count, cut=cut)
         return pixels if cut is None else cut.gather(pixels)
+
+    def frames(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (C, 1, h, w) of one picture -> uint8 (1, H, W, 3), whole on every rank."""
+        return to_uint8(self.decode(latents.transpose(0, 1)).transpose(0, 1))
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) float32, the mean of the posterior, whole on

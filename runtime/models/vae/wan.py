@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 
 from safelight.runtime.errors import ModelError
 from safelight.runtime.models.vae.loading import load_autoencoder
+from safelight.runtime.models.vae.pixels import to_uint8
 from safelight.runtime.models.vae.tiles import band_dim, decode_wan_bands
 from safelight.runtime.parallel.vae import Cut, cut_for, shared
 
@@ -106,12 +107,6 @@ class WanVae:
             mean = self.module.quant_conv(torch.cat(encoded, 2)).chunk(2, dim=1)[0]
         latents = ((mean - self.mean) * self.inverse_std)[0].float()
         return latents if cut is None else cut.gather(latents)
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """(3, F, H, W) about [-1, 1] -> uint8 (F, H, W, 3), rounded as the reference: in `pixels`' dtype, then float32."""
-    unit = (pixels.clamp(-1, 1) * 0.5 + 0.5).clamp(0, 1)
-    return (unit.permute(1, 2, 3, 0).float() * 255).round().to(torch.uint8)
 
 
 def load_wan_vae(

@@ -72,16 +72,7 @@ class WanPipeline:
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
-        params = SamplingParams(
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            num_outputs_per_prompt=request.num_outputs,
-            sampler=request.sampler,
-        )
-        return FAMILIES[self.spec.family].profile(self.spec, params)
+        return FAMILIES[self.spec.family].profile(self.spec, SamplingParams.of(request))
 
     def encode(self, request: GenerationRequest) -> WanConditioning:
         """The request's token ids -> embeddings. The unconditional ones only when guidance_scale > 1.

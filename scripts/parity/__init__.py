@@ -1,0 +1,1 @@
+"""Ours beside diffusers: a module a family with its `CHECKPOINT`, `CASES`, `CONTROLS` and `Parity`."""
