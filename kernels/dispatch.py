@@ -13,15 +13,18 @@ attention_lse(q, k, v)                  the same, and the log of each row's sum 
 rms_norm(x, weight, eps)                x: (B, S, E), weight: (E,) -> (B, S, E), over the whole width.
 rms_norm_rope(x, weight, cos, sin, eps) the same, then neighbouring pairs (2i, 2i+1) of every head rotated by the
                                         angle in cos, sin: (S, D/2) float32 (Su et al., arXiv 2104.09864).
-rms_norm_rope_heads(x, weight, cos, sin, eps)  weight: (D,): the norm of every head of x by itself, over its D, then
-                                        rotated as above.
+rms_norm_rope_heads(x, weight, cos, sin, eps, out=None)  weight: (D,): the norm of every head of x by itself, over its
+                                        D, then rotated as above.
+gelu(x, out=None)                       x: (B, S, E), tanh-approximated (Hendrycks and Gimpel, arXiv 1606.08415).
+linear_gelu(x, weight, bias)            gelu of x weight^T + bias; x: (..., E), weight: (F, E), bias: (F,).
 layer_norm(x, weight, bias, eps)        x: (B, S, E), weight, bias: (E,) float32.
 layer_norm_modulate(x, scale, shift, eps)  layer norm without weights, then * (1 + scale) + shift with scale, shift:
                                         (B, N, E) float32, N = 1 or S, dense last dim (adaLN, arXiv 2212.09748).
 gated_residual(x, y, gate)              x + y * gate; x, y: (B, S, E), gate: (B, N, E) float32 as above.
 
 Rows of x may be strided (a slice of a fused projection) as long as the last dim is dense. Results are contiguous,
-except attention's, whose strides are the backend's. Triton agrees with the reference to 1 ulp of the output dtype
+except attention's, whose strides are the backend's, and those written to `out`, which has x's shape and dtype and a
+dense last dim, and is returned. Triton agrees with the reference to 1 ulp of the output dtype
 for elements of order one (tests/gpu).
 """
 
@@ -34,7 +37,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from safelight.kernels import fused_attention
+from safelight.kernels import fused_attention, fused_linear
 from safelight.kernels.reference import ops as reference
 from safelight.runtime.errors import ConfigError
 
@@ -48,7 +51,9 @@ class KernelSet:
     attention_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    rms_norm_rope_heads: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    rms_norm_rope_heads: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+    gelu: Callable[[Tensor, Tensor | None], Tensor]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,6 +68,8 @@ def reference_kernels() -> KernelSet:
         reference.rms_norm,
         reference.rms_norm_rope,
         reference.rms_norm_rope_heads,
+        reference.gelu,
+        reference.linear_gelu,
         reference.layer_norm,
         reference.layer_norm_modulate,
         reference.gated_residual,
@@ -80,6 +87,8 @@ def triton_kernels() -> KernelSet:
         rows.rms_norm,
         rows.rms_norm_rope,
         rows.rms_norm_rope_heads,
+        rows.gelu,
+        fused_linear.linear_gelu,
         rows.layer_norm,
         rows.layer_norm_modulate,
         rows.gated_residual,

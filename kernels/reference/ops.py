@@ -21,9 +21,21 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     return _rotated(torch.unflatten(normed, -1, (weight.numel() // (2 * cos.shape[-1]), -1)), cos, sin).to(x.dtype)
 
 
-def rms_norm_rope_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def rms_norm_rope_heads(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
     heads = torch.unflatten(x, -1, (x.shape[-1] // weight.numel(), weight.numel()))
-    return _rotated(_unit_rms(heads, eps) * weight.float(), cos, sin).to(x.dtype)
+    rotated = _rotated(_unit_rms(heads, eps) * weight.float(), cos, sin)
+    return rotated.to(x.dtype) if out is None else out.copy_(rotated)
+
+
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    made = F.gelu(x, approximate="tanh")
+    return made if out is None else out.copy_(made)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return gelu(F.linear(x, weight, bias))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

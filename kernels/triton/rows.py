@@ -49,7 +49,7 @@ def _rms_norm(x, weight, cos, sin, out, tokens, width, x_row, pairs, eps,  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _rms_norm_rope_heads(x, weight, cos, sin, out, tokens, width, x_row, eps,  # type: ignore[no-untyped-def]
+def _rms_norm_rope_heads(x, weight, cos, sin, out, tokens, width, x_row, out_batch, out_row, eps,  # type: ignore[no-untyped-def]
                          DIM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -63,7 +63,19 @@ def _rms_norm_rope_heads(x, weight, cos, sin, out, tokens, width, x_row, eps,  #
     c = tl.load(cos + place)[None, :]
     s = tl.load(sin + place)[None, :]
     rotated = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK,))
-    tl.store(out + row * width + columns, rotated.to(out.dtype.element_ty), mask=inside)
+    to = out + (row // tokens) * out_batch + (row % tokens) * out_row
+    tl.store(to + columns, rotated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _gelu(x, out, tokens, width, x_batch, x_row, out_batch, out_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    item, token = row // tokens, row % tokens
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    v = tl.load(x + item * x_batch + token * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    y = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))  # 2 sqrt(2 / pi); tanh u = 2 sigmoid(2 u) - 1
+    tl.store(out + item * out_batch + token * out_row + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -88,13 +100,15 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     return _launch_rms(_rows(x), weight, cos.contiguous(), sin.contiguous(), eps, rotate=True)
 
 
-def rms_norm_rope_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def rms_norm_rope_heads(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
     dim = weight.numel()
     if dim & (dim - 1):
-        return reference.rms_norm_rope_heads(x, weight, cos, sin, eps)  # heads are taken apart in powers of two
+        return reference.rms_norm_rope_heads(x, weight, cos, sin, eps, out)  # heads are taken apart in powers of two
     x = _rows(x)
     batch, tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     _rms_norm_rope_heads[(batch * tokens,)](
         x,
         weight,
@@ -104,9 +118,21 @@ def rms_norm_rope_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps
         tokens,
         width,
         x.stride(1),
+        out.stride(0),
+        out.stride(1),
         eps,
         DIM=dim,
         BLOCK=_block(width),
+    )
+    return out
+
+
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    batch, tokens, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    block = min(_block(width), 4096)
+    _gelu[(batch * tokens, -(-width // block))](
+        x, out, tokens, width, x.stride(0), x.stride(1), out.stride(0), out.stride(1), BLOCK=block
     )
     return out
 

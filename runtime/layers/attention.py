@@ -81,11 +81,13 @@ class JointAttention(nn.Module):
         of_text, of_image = (Rotary(*(table[part] for table in rotary)) for part in (slice(own), slice(own, None)))
         texts = self.text_qkv(text, adapters_of(adapters, "text_qkv")).chunk(3, dim=-1)
         images = self.qkv(image, adapters_of(adapters, "qkv")).chunk(3, dim=-1)
-        q = self.norm_text_q(texts[0], *of_text), self.norm_q(images[0], *of_image)
-        k = self.norm_text_k(texts[1], *of_text), self.norm_k(images[1], *of_image)
-        v = [torch.unflatten(part, 2, (self.heads, self.norm_q.head_dim)) for part in (texts[2], images[2])]
-        joint = [torch.cat(parts, dim=1) for parts in (q, k, v)]
-        attended = self.groups.attention(joint[0], joint[1], joint[2], share.length, self.kernels).flatten(2)
+        joint = image.new_empty(3, image.shape[0], own + image.shape[1], image.shape[2])
+        for place, norms in enumerate(((self.norm_text_q, self.norm_q), (self.norm_text_k, self.norm_k))):
+            norms[0](texts[place], *of_text, out=joint[place, :, :own])
+            norms[1](images[place], *of_image, out=joint[place, :, own:])
+        joint[2, :, :own], joint[2, :, own:] = texts[2], images[2]
+        q, k, v = torch.unflatten(joint, 3, (self.heads, self.norm_q.head_dim))
+        attended = self.groups.attention(q, k, v, share.length, self.kernels).flatten(2)
         own_text, own_image = share.split(attended)
         y: Tensor = self.text_out(own_text, adapters_of(adapters, "text_out"))
         z: Tensor = self.out(own_image, adapters_of(adapters, "out"))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of
 
 
@@ -38,13 +39,14 @@ class TimeEmbedding(nn.Module):
 class FeedForward(nn.Module):
     """x: (..., in) -> (..., out) through `hidden` with tanh-approximated GELU; also the text projection."""
 
-    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+    def __init__(self, width_in: int, hidden: int, width_out: int, kernels: KernelSet) -> None:
         super().__init__()
+        self.kernels = kernels
         self.up = Linear(width_in, hidden)
         self.down = Linear(hidden, width_out)
 
     def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
-        hidden = F.gelu(self.up(x, adapters_of(adapters, "up")), approximate="tanh")
+        hidden = self.up.gelu(x, self.kernels, adapters_of(adapters, "up"))
         y: Tensor = self.down(hidden, adapters_of(adapters, "down"))
         return y
 

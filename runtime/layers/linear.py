@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safelight.kernels.dispatch import KernelSet
+
 
 class Adapter(NamedTuple):
     """A low-rank addition to one layer: y += scale * (x @ down^T) @ up^T. down: (r, in), up: (out, r)."""
@@ -39,6 +41,9 @@ class WeightFormat(Protocol):
     def apply(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """x: (..., in) -> (..., out)."""
 
+    def apply_gelu(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor, kernels: KernelSet) -> Tensor:
+        """The same and GELU (tanh-approximated)."""
+
 
 class Placement(Protocol):
     """Where the stored tensors are, and how they come to the device for one call."""
@@ -56,6 +61,9 @@ class PlainWeight:
 
     def apply(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         return F.linear(x, stored["weight"], bias)
+
+    def apply_gelu(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor, kernels: KernelSet) -> Tensor:
+        return kernels.linear_gelu(x, stored["weight"], bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,13 @@ class Linear(nn.Module):
         for adapter in adapters:
             y = y + F.linear(F.linear(x, adapter.down), adapter.up) * adapter.scale
         return y
+
+    def gelu(self, x: Tensor, kernels: KernelSet, adapters: tuple[Adapter, ...] = ()) -> Tensor:
+        """GELU (tanh-approximated) of this layer's result, in one kernel where nothing comes in between."""
+        if adapters or self.bias is None:
+            return F.gelu(self(x, adapters), approximate="tanh")
+        stored = self.placement.fetch({name: getattr(self, name) for name in self.stored_names})
+        return self.weight_format.apply_gelu(x, stored, self.bias, kernels)
 
 
 def adapters_of(adapters: Adapters | None, name: str) -> tuple[Adapter, ...]:

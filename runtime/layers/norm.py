@@ -24,15 +24,16 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """x: (B, S, E) -> (B, S, H, D): every head RMS-normed over its D and rotated; cos, sin: (S, D/2)."""
+    """x: (B, S, E) -> (B, S, H, D): every head RMS-normed over its D and rotated; cos, sin: (S, D/2). Written to `out`,
+    rows of (B, S, E), when given."""
 
     def __init__(self, head_dim: int, eps: float, kernels: KernelSet) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_dim), requires_grad=False)
         self.head_dim, self.eps, self.kernels = head_dim, eps, kernels
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        normed = self.kernels.rms_norm_rope_heads(x, self.weight, cos, sin, self.eps)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+        normed = self.kernels.rms_norm_rope_heads(x, self.weight, cos, sin, self.eps, out)
         return torch.unflatten(normed, 2, (x.shape[2] // self.head_dim, self.head_dim))
 
 

@@ -21,6 +21,15 @@ pytestmark = [
 
 Call = Callable[[KernelSet], Tensor]
 ULPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
+OPS = [
+    "rms_norm",
+    "rms_norm_rope",
+    "rms_norm_rope_heads",
+    "gelu",
+    "layer_norm",
+    "layer_norm_modulate",
+    "gated_residual",
+]
 SHAPES = [(1, 1, 48), (2, 7, 96), (1, 333, 1536), (2, 65, 5120)]  # (B, S, E), heads of 12, 24, 128, 128
 
 
@@ -36,9 +45,12 @@ def calls(shape: tuple[int, int, int], dtype: torch.dtype, per_token: bool) -> d
     weight, bias = noise(width), noise(width)
     scale, shift, gate = noise(batch, tokens if per_token else 1, 3, width).unbind(2)
     angles = noise(tokens, pairs) * 10
+    of_head = noise(2 * pairs, dtype=dtype)
     return {
         "rms_norm": lambda k: k.rms_norm(x, weight.to(dtype), 1e-6),
         "rms_norm_rope": lambda k: k.rms_norm_rope(x, weight.to(dtype), angles.cos(), angles.sin(), 1e-6),
+        "rms_norm_rope_heads": lambda k: k.rms_norm_rope_heads(x, of_head, angles.cos(), angles.sin(), 1e-6, None),
+        "gelu": lambda k: k.gelu(x, None),
         "layer_norm": lambda k: k.layer_norm(x, weight, bias, 1e-6),
         "layer_norm_modulate": lambda k: k.layer_norm_modulate(x, scale, shift, 1e-6),
         "gated_residual": lambda k: k.gated_residual(x, y, gate),
@@ -48,7 +60,7 @@ def calls(shape: tuple[int, int, int], dtype: torch.dtype, per_token: bool) -> d
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_rope", "layer_norm", "layer_norm_modulate", "gated_residual"])
+@pytest.mark.parametrize("op", OPS)
 def test_fused_kernel_equals_its_definition(
     op: str, shape: tuple[int, int, int], dtype: torch.dtype, per_token: bool
 ) -> None:
@@ -58,6 +70,34 @@ def test_fused_kernel_equals_its_definition(
     assert fused.dtype == dtype
     assert fused.is_contiguous()
     torch.testing.assert_close(fused, plain, rtol=ULPS[dtype], atol=2e-5)
+
+
+def test_ops_write_into_a_part_of_another_tensor() -> None:
+    """Several samples, so that the rows of the target do not lie at one stride."""
+    x, angles, weight = noise(2, 65, 1024, dtype=torch.bfloat16), noise(65, 64), noise(128, dtype=torch.bfloat16)
+    place = torch.zeros(2, 70, 1280, dtype=torch.bfloat16, device="cuda")
+    out = place[:, 5:, 256:]
+    ops: list[Callable[[KernelSet, Tensor | None], Tensor]] = [
+        lambda k, to: k.gelu(x, to),
+        lambda k, to: k.rms_norm_rope_heads(x, weight, angles.cos(), angles.sin(), 1e-6, to),
+    ]
+    for op in ops:
+        assert op(triton_kernels(), out).data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out, op(reference_kernels(), None), rtol=ULPS[torch.bfloat16], atol=2e-5)
+    assert place[:, :5].abs().sum() == place[..., :256].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gelu_in_the_product_is_no_less_exact_than_after_it(dtype: torch.dtype) -> None:
+    x, weight, bias = noise(2, 333, 512, dtype=dtype), noise(1024, 512) / 512**0.5, noise(1024, dtype=dtype)
+    weight = weight.to(dtype)
+    exact = torch.nn.functional.gelu(x.double() @ weight.double().T + bias.double(), approximate="tanh")
+    fused, plain = (
+        (k.linear_gelu(x, weight, bias).double() - exact).norm() / exact.norm()
+        for k in (triton_kernels(), reference_kernels())
+    )
+    assert fused <= 1.05 * plain
+    assert fused < 4 * torch.finfo(dtype).eps
 
 
 def build(dtype: torch.dtype, kernels: KernelSet) -> WanTransformer:

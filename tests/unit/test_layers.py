@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safelight.kernels.dispatch import reference_kernels, select_kernels
+from safelight.kernels.dispatch import KernelSet, reference_kernels, select_kernels
 from safelight.runtime.layers.embeddings import packed_to_latents, patchify, timestep_sinusoids, unpatchify
 from safelight.runtime.layers.linear import Adapter, Linear, scoped
 from safelight.runtime.layers.norm import HeadNorm, LayerNorm, RMSNorm
@@ -62,6 +62,9 @@ class HalvedWeight:
     def apply(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         return F.linear(x, stored["halves"] * stored["factor"], bias)
 
+    def apply_gelu(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor, kernels: KernelSet) -> Tensor:
+        return kernels.gelu(self.apply(x, stored, bias), None)
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -83,6 +86,32 @@ def test_weight_format_and_placement_are_seams_of_linear() -> None:
     expected = x @ (2 * layer.get_parameter("halves")).T + layer.get_parameter("bias")
     torch.testing.assert_close(layer(x), expected)
     assert placement.fetched == ["halves", "factor"]
+    torch.testing.assert_close(layer.gelu(x, KERNELS), F.gelu(expected, approximate="tanh"))
+    assert placement.fetched == ["halves", "factor"] * 2
+
+
+def test_gelu_follows_the_whole_linear_layer_with_its_adapters() -> None:
+    layer, x = Linear(6, 4), torch.randn(2, 3, 6)
+    fill(layer)
+    adapter = Adapter(torch.randn(2, 6), torch.randn(4, 2), 0.5)
+    for adapters in ((), (adapter,)):
+        made = layer.gelu(x, KERNELS, adapters)
+        torch.testing.assert_close(made, F.gelu(layer(x, adapters), approximate="tanh"))
+    assert not torch.equal(layer.gelu(x, KERNELS), layer.gelu(x, KERNELS, (adapter,)))
+
+
+def test_ops_write_where_they_are_told() -> None:
+    x, angles, weight = torch.randn(2, 5, 16), torch.randn(5, 4), torch.randn(8)
+    place = torch.zeros(2, 9, 20)
+    out = place[:, 3:8, 4:]
+    ops: list[Callable[[Tensor | None], Tensor]] = [
+        lambda to: KERNELS.gelu(x, to),
+        lambda to: KERNELS.rms_norm_rope_heads(x, weight, angles.cos(), angles.sin(), 1e-6, to),
+    ]
+    for op in ops:
+        assert op(out).data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out, op(None), rtol=0, atol=0)
+    assert place[:, :3].abs().sum() == place[:, 8:].abs().sum() == place[..., :4].abs().sum() == 0
 
 
 def test_rms_norm_equals_torch() -> None:

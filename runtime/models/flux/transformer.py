@@ -85,8 +85,8 @@ class DoubleBlock(nn.Module):
         self.kernels = kernels
         self.modulation, self.text_modulation = Linear(width, 6 * width), Linear(width, 6 * width)
         self.attention = JointAttention(width, config.num_attention_heads, EPS, kernels, groups=groups)
-        self.feed_forward = FeedForward(width, 4 * width, width)
-        self.text_feed_forward = FeedForward(width, 4 * width, width)
+        self.feed_forward = FeedForward(width, 4 * width, width, kernels)
+        self.text_feed_forward = FeedForward(width, 4 * width, width, kernels)
 
     def forward(
         self, text: Tensor, image: Tensor, time: Tensor, rotary: Rotary, share: JointShare,
@@ -140,7 +140,9 @@ class SingleBlock(nn.Module):
             length,
             k,
         )
-        both = torch.cat((attended.flatten(2), F.gelu(hidden, approximate="tanh")), dim=-1)
+        both = x.new_empty(*x.shape[:2], 5 * width)
+        both[..., :width] = attended.flatten(2)
+        k.gelu(hidden, both[..., width:])
         return _finite(k.gated_residual(x, self.down(both, adapters_of(adapters, "down")), gate))
 
 

@@ -84,7 +84,7 @@ class WanBlock(nn.Module):
         self.self_attention = SelfAttention(width, heads, eps, kernels, groups=groups)
         self.cross_norm = LayerNorm(width, eps, kernels) if config.cross_attn_norm else None
         self.cross_attention = CrossAttention(width, heads, eps, kernels)
-        self.feed_forward = FeedForward(width, config.ffn_dim, width)
+        self.feed_forward = FeedForward(width, config.ffn_dim, width, kernels)
         self.modulation = nn.Parameter(torch.empty(1, 6, width), requires_grad=False)
 
     def forward(
@@ -114,7 +114,7 @@ class WanTransformer(nn.Module):
         self.patch_embedding = Linear(config.in_channels * volume, width)
         self.time_embedding = TimeEmbedding(config.freq_dim, width)
         self.time_projection = Linear(width, 6 * width)
-        self.text_embedding = FeedForward(config.text_dim, width, width)
+        self.text_embedding = FeedForward(config.text_dim, width, width, kernels)
         self.blocks = nn.ModuleList(WanBlock(config, kernels, groups=self.groups) for _ in range(config.num_layers))
         self.modulation = nn.Parameter(torch.empty(1, 2, width), requires_grad=False)
         self.projection = Linear(width, config.out_channels * volume)
