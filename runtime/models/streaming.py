@@ -65,7 +65,8 @@ class BlockStream:
     """The blocks of `lists`, in the order in which a forward pass calls them. Its forwards run on one CUDA stream.
 
     With an odd number of blocks the last one stays on the device: first and last would share a buffer otherwise, and
-    the first could not be copied while the last computes.
+    the first could not be copied while the last computes. `order` keeps copies and computations apart; it is the
+    device's unless given.
     """
 
     def __init__(
@@ -136,8 +137,7 @@ class BlockStream:
 
     def enter(self, index: int) -> None:
         """Called just before block `index` is: it is on the device for what is launched next, and the copy of the
-        following block (of the next forward's first one, after the last) is under way.
-        """
+        following block (of the next forward's first one, after the last) is under way."""
         self._open = index
         if index >= self._count:
             return
