@@ -1,4 +1,4 @@
-"""Offloaded weights on two gloo ranks, over each axis and with a shared text encoder: the bits of resident ones."""
+"""Offloaded weights on two gloo ranks, over two axes and with a shared text encoder: the bits of resident ones."""
 
 from __future__ import annotations
 
