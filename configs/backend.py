@@ -44,7 +44,20 @@ def check_backend(args: ServerArgs, spec: ModelSpec) -> None:
             param="checkpoint_every",
         )
     if spec.call is not None:
+        _refuse_offloading(args)
         check_call(spec.call, args.diffusers_kwargs or {})
+
+
+def _refuse_offloading(args: ServerArgs) -> None:
+    """diffusers offloads by hooks which the end of every call takes off all components and puts on again, moving all
+    weights to the CPU: also those that a call of another job, which waits between two steps, goes on with."""
+    for name in args.offloaded:
+        raise ConfigError(
+            f"--{name.replace('_', '-')}-cpu-offload: a model of the backend diffusers stays on the GPU, because calls "
+            "of several jobs take turns on it, and diffusers' offloading serves one call at a time; leave it out, or "
+            "use a model of a native family",
+            param=f"{name}_cpu_offload",
+        )
 
 
 def check_call(call: CallSignature, kwargs: Mapping[str, Any]) -> None:

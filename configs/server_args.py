@@ -11,6 +11,7 @@ from safelight.configs.parallel import WantedDegrees
 from safelight.runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OFFLOADABLE = ("dit", "text_encoder", "image_encoder", "vae")
 BACKENDS = ("auto", "safelight", "diffusers")
 
 
@@ -54,6 +55,15 @@ class ServerArgs:
     vae_precision: str = option("auto", "of the VAE; auto is fp32 on a CPU, bf16 on CUDA", choices=PRECISIONS)
     vae_tiling: bool = option(False, "decode in bands: the same pictures with less memory, a little slower")
     vae_slicing: bool = option(False, "decode the pictures of a batch one by one (diffusers only)")
+    dit_cpu_offload: bool = option(
+        False, "transformer in host memory, brought to the GPU layer by layer while it computes"
+    )
+    text_encoder_cpu_offload: bool = option(False, "text encoders in host memory, on the GPU while they encode")
+    image_encoder_cpu_offload: bool = option(False, "image encoder in host memory, on the GPU while it encodes")
+    vae_cpu_offload: bool = option(False, "VAE in host memory, on the GPU while it decodes")
+    pin_cpu_memory: bool = option(
+        True, "page-lock that host memory: without it copies are slow and steps wait for them"
+    )
     policy: str = option("fair", "order of the jobs", choices=("fair", "fcfs", "sjf"))
     max_queue: int = option(1000, "jobs that may wait; more are refused", minimum=1)
     max_plan_ms: float | None = option(
@@ -115,6 +125,11 @@ class ServerArgs:
         """None: workers are on this host only."""
         tcp = self.worker_endpoint is not None and self.worker_endpoint.startswith("tcp://")
         return int(self.worker_endpoint.rpartition(":")[2]) if tcp and self.worker_endpoint else None
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """The components whose weights live on the CPU."""
+        return tuple(name for name in OFFLOADABLE if getattr(self, f"{name}_cpu_offload"))
 
     @property
     def group_size(self) -> int:

@@ -419,6 +419,7 @@ class Ready(Wire):
     reserve_bytes: int
     device: str
     roles: tuple[str, ...] = ("encode", "denoise", "decode")
+    encode_bytes: int = 0  # of weights that are on the device, beyond weights_bytes, only while it encodes
 
 
 class GroupFailed(Wire):
@@ -857,6 +858,8 @@ class WorkerSpec(Part):
     vae_slicing: bool = False
     diffusers_attention_backend: str | None = None
     diffusers_kwargs: dict[str, Any] = {}
+    offload: tuple[str, ...] = ()  # components whose weights live on the CPU
+    pin_cpu_memory: bool = True
 
 
 # --------------------------------------------------------------------------------------------------------------------

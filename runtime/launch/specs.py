@@ -132,6 +132,8 @@ def worker_spec(
         vae_slicing=args.vae_slicing,
         diffusers_attention_backend=args.diffusers_attention_backend,
         diffusers_kwargs=args.diffusers_kwargs or {},
+        offload=args.offloaded,
+        pin_cpu_memory=args.pin_cpu_memory,
     )
 
 

@@ -86,10 +86,12 @@ def load_weights(
     dtype_of: Callable[[str], torch.dtype],
     ignored: Callable[[str], bool] = lambda name: False,
     parts: Mapping[str, Part] = MappingProxyType({}),
+    homes: Mapping[str, torch.device] = MappingProxyType({}),
 ) -> None:
     """Fills every parameter of `module` (built on the meta device) and moves its buffers to `device`.
 
-    Of the sources in `parts` only that part is read (a rank's share of a matrix).
+    Of the sources in `parts` only that part is read (a rank's share of a matrix). Parameters below a submodule in
+    `homes` go to the device given there.
     A source may have more dims than its parameter when its trailing dims flatten to it (a convolution loaded as a
     linear layer). `dtype_of(parameter name)` chooses each dtype; sources for which `ignored` holds may be extra.
     Raises ModelError naming file and tensor: corrupt, missing, extra or mis-shaped ones.
@@ -111,7 +113,8 @@ def load_weights(
                 target = sources[source]
                 if target not in loaded:
                     shape = parameters[target].shape
-                    loaded[target] = torch.empty(shape, dtype=dtype_of(target), device=device)
+                    home = next((d for name, d in homes.items() if target.startswith(f"{name}.")), device)
+                    loaded[target] = torch.empty(shape, dtype=dtype_of(target), device=home)
                 rows = loaded[target].narrow(0, starts[source], stored[source].shape[0])
                 rows.copy_(_tensor(handle, stored[source], source).view(rows.shape))
     for target, tensor in loaded.items():

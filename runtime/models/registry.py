@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from safelight.configs.families import FAMILIES, ModelSpec, identify
+from safelight.runtime.models.residency import Residency
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import Pipeline
 
@@ -33,6 +34,13 @@ class LoadOptions:
     vae_slicing: bool = False
     diffusers_attention_backend: str | None = None
     diffusers_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    offload: tuple[str, ...] = ()  # components that live on the CPU; see `residency`
+    pin_cpu_memory: bool = True
+    residency: Residency = field(init=False, compare=False)  # of the one model that is loaded with these options
+
+    def __post_init__(self) -> None:
+        made = Residency(self.device, self.offload, pin=self.pin_cpu_memory)
+        object.__setattr__(self, "residency", made)  # the dataclass is frozen
 
 
 def load_pipeline(root: Path, options: LoadOptions) -> Pipeline:
@@ -44,4 +52,4 @@ def load_pipeline(root: Path, options: LoadOptions) -> Pipeline:
     return pipeline
 
 
-__all__ = ["LoadOptions", "ModelSpec", "load_pipeline"]
+__all__ = ["LoadOptions", "ModelSpec", "Residency", "load_pipeline"]

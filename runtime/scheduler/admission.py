@@ -25,9 +25,12 @@ class PeakModel:
     def __init__(self) -> None:
         self._factor: dict[PeakKey, float] = {}
 
-    def peak(self, profile: JobProfile) -> int:
-        """The largest op of a job, corrected."""
-        return max(int(b * self._factor.get(key, 1.0)) for key, b in _peaks(profile).items())
+    def peak(self, profile: JobProfile, encode_bytes: int = 0) -> int:
+        """The largest op of a job, corrected; `encode_bytes` of weights come to the device for encoding."""
+        return max(
+            int(b * self._factor.get(key, 1.0)) + (encode_bytes if key[0] == m.Encode.__name__ else 0)
+            for key, b in _peaks(profile).items()
+        )
 
     def learn(self, op: m.Op, profile: JobProfile, measured: int) -> bool:
         """Takes in the peak of a plan whose only costly op was `op`; True when the correction grew."""
@@ -52,6 +55,7 @@ class Memory:
     """Who holds how much of one group."""
 
     budget: int = 0
+    encode_bytes: int = 0  # of weights that are there only while the group encodes
     _held: dict[Attempt, tuple[int, int]] = field(default_factory=dict)  # bytes held, peak
 
     def fits(self, held: int, peak: int) -> bool:
@@ -83,15 +87,17 @@ class Memory:
         return sum(b for b, _ in self._held.values())
 
 
-def too_large(profile: JobProfile, peaks: PeakModel, budgets: Iterable[int]) -> m.ErrorInfo | None:
-    """The refusal of a job that fits none of the budgets, with the figures; None when it fits one of them."""
-    need, largest = profile.held_bytes + peaks.peak(profile), max(budgets)
-    if need <= largest:
+def too_large(profile: JobProfile, peaks: PeakModel, groups: Iterable[Memory]) -> m.ErrorInfo | None:
+    """The refusal of a job that fits into none of the groups, with the figures; None when it fits into one of them."""
+    needs = [(group.budget, peaks.peak(profile, group.encode_bytes)) for group in groups]
+    if any(profile.held_bytes + peak <= budget for budget, peak in needs):
         return None
+    largest, peak = max(needs)
+    need = profile.held_bytes + peak
     return m.ErrorInfo(
         "too_large",
         f"this request needs {need / 1e9:.3f} GB beside the weights ({profile.held_bytes / 1e9:.3f} GB held, "
-        f"{peaks.peak(profile) / 1e9:.3f} GB for its largest step) and the server has {largest / 1e9:.3f} GB: "
+        f"{peak / 1e9:.3f} GB for its largest step) and the server has {largest / 1e9:.3f} GB: "
         "ask for a smaller size or fewer frames",
     )
 

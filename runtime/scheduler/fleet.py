@@ -168,6 +168,7 @@ def _reconcile(s: State, g: Group) -> None:
             kill(s, g, "its ranks received different plans from the scheduler before this one")
     elif all(i.last_done == i.last_received for _, i in known):
         g.memory.budget = min(r.capacity_bytes - r.weights_bytes - r.reserve_bytes for r, _ in known)
+        g.memory.encode_bytes = max(r.encode_bytes for r, _ in known)
         g.budget_known = True
         _adopt(s, g, [i for _, i in known])
     elif waited > SETTLE_S:

@@ -109,7 +109,7 @@ def _wanted(s: State, g: Group, lane: int, job: Job) -> bool:
 
 
 def _fits(s: State, g: Group, job: Job) -> bool:
-    return g.memory.fits(job.profile.held_bytes, s.peaks.peak(job.profile))
+    return g.memory.fits(job.profile.held_bytes, s.peaks.peak(job.profile, g.memory.encode_bytes))
 
 
 def _enter_or_refuse(s: State, g: Group, job: Job) -> bool:
@@ -128,7 +128,7 @@ def never_fits(s: State, job: Job) -> m.ErrorInfo | None:
     groups = [g for g in s.groups.values() if g.phase != "given up"]
     if not groups or not all(g.budget_known for g in groups):
         return None
-    return too_large(job.profile, s.peaks, [g.memory.budget for g in groups])
+    return too_large(job.profile, s.peaks, [g.memory for g in groups])
 
 
 def enter(s: State, g: Group, job: Job) -> None:
@@ -147,7 +147,8 @@ def place(s: State, g: Group, run: Run) -> None:
     """The attempt counts as a resident of the group from now on."""
     run.job.run, run.job.home, run.job.home_epoch = run, g.id, g.epoch
     g.residents[run.job.id] = run
-    g.memory.take(run.key, run.job.profile.held_bytes, s.peaks.peak(run.job.profile))
+    peak = s.peaks.peak(run.job.profile, g.memory.encode_bytes)
+    g.memory.take(run.key, run.job.profile.held_bytes, peak)
 
 
 def first_take(s: State) -> int:

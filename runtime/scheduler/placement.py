@@ -90,4 +90,4 @@ def _load(s: State, g: Group, lane: int) -> Load:
 
 def _can_hold(s: State, g: Group, profile: JobProfile) -> bool:
     """Whether the job fits into the group when nothing else is in it."""
-    return profile.held_bytes + s.peaks.peak(profile) <= g.memory.budget
+    return profile.held_bytes + s.peaks.peak(profile, g.memory.encode_bytes) <= g.memory.budget

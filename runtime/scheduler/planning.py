@@ -176,11 +176,13 @@ def run_of(g: Group, op: m.Op) -> Run | None:
 
 
 def _learn_peak(s: State, g: Group, op: m.Op, measured: int) -> None:
-    """`measured` counts what is held as well."""
+    """`measured` counts what is held as well, and weights that came for the op."""
     run = run_of(g, op)
-    if run is not None and s.peaks.learn(op, run.job.profile, measured - g.memory.used):
+    known = g.memory.used + (g.memory.encode_bytes if isinstance(op, m.Encode) else 0)
+    if run is not None and s.peaks.learn(op, run.job.profile, measured - known):
         for other in g.residents.values():
-            g.memory.take(other.key, other.job.profile.held_bytes, s.peaks.peak(other.job.profile))
+            peak = s.peaks.peak(other.job.profile, g.memory.encode_bytes)
+            g.memory.take(other.key, other.job.profile.held_bytes, peak)
 
 
 def _clear_suspicion(s: State, run: Run) -> None:

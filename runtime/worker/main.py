@@ -21,7 +21,7 @@ from safelight.configs.env import interface_variables
 from safelight.runtime import logs
 from safelight.runtime.errors import ConfigError, SafelightError
 from safelight.runtime.messages import GroupFailed, HeldState, PhaseReport, Ready, WorkerSpec
-from safelight.runtime.models.registry import LoadOptions, load_pipeline
+from safelight.runtime.models.registry import LoadOptions, Residency, load_pipeline
 from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 from safelight.runtime.pipelines.protocol import Pipeline
 from safelight.runtime.worker.checkpoint import CheckpointWriter
@@ -81,7 +81,8 @@ def _serve(
     link.send(phase)
     tell(phase)
     device = _device(spec)
-    pipeline = _load(spec, device)
+    options = _options(spec, device)
+    pipeline = _load(spec, options)
     weights = pipeline.weights_bytes()
     checkpoints = CheckpointWriter(Path(spec.checkpoint_dir) if spec.checkpoint_dir else None)
     failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
@@ -93,10 +94,10 @@ def _serve(
     completer = Completer(spec, link, device, weights, fatal)
     executor = Executor(pipeline, spec, checkpoints, link.send)
     executors.append(executor)
-    ready = _ready(spec, device, weights)
+    ready = _ready(spec, device, weights, options.residency)
     link.announce_ready(ready)
     tell(ready)
-    log.info("ready on %s, %.1f GB of weights", ready.device, weights / 1e9)
+    log.info("ready on %s, %.2f GB of weights on it", ready.device, weights / 1e9)
     gc.freeze()  # what is loaded stays; collections look at requests only
     while (plan := link.plans.get()) is not None:
         completer.submit(executor.execute(plan))
@@ -132,8 +133,8 @@ def _device(spec: WorkerSpec) -> torch.device:
     return device
 
 
-def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
-    options = LoadOptions(
+def _options(spec: WorkerSpec, device: torch.device) -> LoadOptions:
+    return LoadOptions(
         device=device,
         dit_dtype=_dtype(spec.dit_precision),
         vae_dtype=_dtype(spec.vae_precision),
@@ -148,8 +149,23 @@ def _load(spec: WorkerSpec, device: torch.device) -> Pipeline:
         vae_slicing=spec.vae_slicing,
         diffusers_attention_backend=spec.diffusers_attention_backend,
         diffusers_kwargs=spec.diffusers_kwargs,
+        offload=spec.offload,
+        pin_cpu_memory=spec.pin_cpu_memory,
     )
-    return load_pipeline(Path(spec.model_path), options)
+
+
+def _load(spec: WorkerSpec, options: LoadOptions) -> Pipeline:
+    pipeline = load_pipeline(Path(spec.model_path), options)
+    _tell_residency(spec, options.residency)
+    return pipeline
+
+
+def _tell_residency(spec: WorkerSpec, residency: Residency) -> None:
+    """What is offloaded; and once per server a warning for each flag that has nothing to move."""
+    if described := residency.describe():
+        log.info("offloaded, %s", described)
+    for name in residency.unused() if (spec.group, spec.rank) == (0, 0) else ():
+        log.warning("--%s-cpu-offload does nothing: this model has no such component", name.replace("_", "-"))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -175,7 +191,7 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
     return build_mesh(world, *degrees, sp_impl=spec.sp_impl, encoder=(spec.tp_size, spec.encoder_sets))
 
 
-def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:
+def _ready(spec: WorkerSpec, device: torch.device, weights: int, residency: Residency) -> Ready:
     memory = device_memory(device, spec.ranks_on_host, weights)
     return Ready(
         group=spec.group,
@@ -186,4 +202,5 @@ def _ready(spec: WorkerSpec, device: torch.device, weights: int) -> Ready:
         weights_bytes=weights,
         reserve_bytes=memory.reserve,
         device=memory.name,
+        encode_bytes=residency.encode_bytes,
     )

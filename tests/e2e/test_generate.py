@@ -92,10 +92,17 @@ def test_a_video_has_the_frames_and_size_asked_for(tiny_model: Path, tmp_path: P
     assert {p.suffix for p in tmp_path.iterdir()} == {".mp4", ".npy"}
 
 
-def test_the_frames_are_those_of_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_the_frames_are_those_of_diffusers(tiny_model: Path, tmp_path: Path, offloaded: bool) -> None:
     flags = small(tiny_model, tmp_path, "--num-frames", "9", "--return-frames", "--negative-prompt", "blurry")
+    parts = ("dit", "text-encoder", "image-encoder", "vae") if offloaded else ()
+    flags += [*(f"--{part}-cpu-offload" for part in parts), "--no-pin-cpu-memory", "--log-level", "info"]
     ended = generate("--prompt", "A cat &amp; a  dog", "--seed", "11", "--guidance-scale", "4", *flags)
     assert ended.returncode == 0, ended.stderr
+    warning = "--image-encoder-cpu-offload does nothing: this model has no such component"
+    for said in (warning, "offloaded, in pageable host memory: text_encoder"):
+        assert ended.stderr.count(said) == offloaded
+    assert "GB of weights on it" in ended.stderr
     frames = np.load(next(tmp_path.glob("*.npy")))
     torch.set_num_threads(1)
     reference = WanPipeline.from_pretrained(str(tiny_model), dtype=torch.float32)  # type: ignore[no-untyped-call]

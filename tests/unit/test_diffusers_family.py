@@ -303,6 +303,17 @@ def test_arguments_of_diffusers_are_refused_for_a_native_model(args: dict[str, A
     assert caught.value.param == next(iter(args))
 
 
+@pytest.mark.parametrize("part", ["dit", "text_encoder", "image_encoder", "vae"])
+def test_offloading_is_refused_with_the_backend_diffusers(sd3: ModelSpec, part: str) -> None:
+    name = f"{part}_cpu_offload"
+    args: dict[str, Any] = {name: True}
+    with pytest.raises(ConfigError, match="one call at a time") as caught:
+        check_backend(ServerArgs(**args), sd3)
+    assert caught.value.param == name
+    assert f"--{name.replace('_', '-')}:" in caught.value.message
+    check_backend(ServerArgs(**args), identify(builtin_model()))
+
+
 def test_replicas_may_share_the_gpus(sd3: ModelSpec) -> None:
     assert degrees_of(ServerArgs(num_gpus=2, replicas=2), sd3.root).world_size == 1
 

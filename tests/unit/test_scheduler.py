@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import scheduler_world
-from scheduler_world import BUDGET, World, make_request, profile_of
+from msgspec import structs
+from scheduler_world import BUDGET, FakeRank, World, make_request, profile_of
 
 from safelight.runtime import messages as m
 from safelight.runtime.errors import ConfigError
 from safelight.runtime.scheduler import policy
+from safelight.runtime.scheduler.admission import Memory, PeakModel, too_large
 from safelight.runtime.scheduler.cost import PREPARE_MS, CostModel
 from safelight.runtime.scheduler.events import ClientSaid, CoreEvent, OutputSaid, RankSaid, SendClient, SupervisorSaid
 from safelight.runtime.scheduler.jobs import Cursor, Stage
@@ -112,6 +114,24 @@ def test_what_does_not_fit_is_failed_when_memory_becomes_known_after_the_submit(
     error = world.published["a"].error
     assert error is not None
     assert error.code == "too_large"
+
+
+def test_weights_that_come_for_encoding_count_while_it_encodes() -> None:
+    """A profile of 15 bytes to encode, 30 to step and 40 to decode."""
+    profile = profile_of(make_request(size=1))
+    peaks = PeakModel()
+    assert [peaks.peak(profile, moved) for moved in (0, 20, 25, 100)] == [40, 40, 40, 115]
+    group = Memory(budget=profile.held_bytes + 114, encode_bytes=100)
+    assert too_large(profile, peaks, [group]) is not None
+    assert too_large(profile, peaks, [group, Memory(group.budget)]) is None
+    world = World()
+    ready = FakeRank.ready
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeRank, "ready", lambda self: structs.replace(ready(self), encode_bytes=BUDGET))
+        world.quiesce()
+        refused = ask(world, m.Submit("a", "me", make_request()))
+    assert refused.error.code == "too_large"
+    assert f"{(BUDGET + 15) / 1e9:.3f} GB for its largest step" in refused.error.message
 
 
 def test_a_chunk_larger_than_a_slot_is_refused() -> None:

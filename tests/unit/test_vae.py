@@ -30,7 +30,7 @@ from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae, load_wan_vae
 from safelight.runtime.models.wan.pipeline import WanPipeline
 from safelight.runtime.parallel.vae import Cut, cut_for
-from safelight.runtime.worker.main import _load
+from safelight.runtime.worker.main import _load, _options
 
 TOLERANCE = 1e-5
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -255,7 +255,7 @@ def test_the_flag_reaches_the_vae(tmp_path: Path, tiling: bool) -> None:
     args = ServerArgs(vae_tiling=tiling, device="cpu")
     run = create_run_folder(tmp_path / "state")
     worker = worker_spec(args, run, SlotPool("x", 1, 1), tmp_path / "model", "cpu", Group(0), 0)
-    loaded = _load(worker, CPU)
+    loaded = _load(worker, _options(worker, CPU))
     assert isinstance(loaded, WanPipeline)
     assert loaded.vae.band_rows == (tiles.WAN_BAND_ROWS if tiling else None)
     assert not loaded.collective_decode

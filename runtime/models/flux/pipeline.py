@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from safelight.runtime.models.encoders.clip import ClipText, load_clip
 from safelight.runtime.models.encoders.t5 import T5, load_t5
 from safelight.runtime.models.flux.transformer import FluxText, FluxTransformer
 from safelight.runtime.models.flux.weights import load_transformer
+from safelight.runtime.models.residency import Residency
 from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
@@ -58,6 +59,7 @@ class FluxPipeline:
     clip: ClipText
     t5: T5
     vae: KlVae
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def collective_decode(self) -> bool:
@@ -65,9 +67,8 @@ class FluxPipeline:
         return self.vae.group is not None
 
     def weights_bytes(self) -> int:
-        """Bytes of all resident weights."""
-        modules = (self.transformer, self.clip.module, self.t5.module, self.vae.module)
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        """Bytes of all resident weights, and room for those that move in."""
+        return self.residency.weights_bytes(self.transformer, self.clip.module, self.t5.module, self.vae.module)
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
@@ -84,8 +85,9 @@ class FluxPipeline:
             count = len(request.token_ids.get(key, ()))
             if not 0 < count <= most:
                 raise InvalidRequest(f"token_ids[{key!r}]: 1 to {most} ids expected, got {count}", param="token_ids")
-        gists = self.clip.pooled([request.token_ids[f"clip.{name}"] for name in names])
-        words = self.t5.encode([request.token_ids[name] for name in names], length)
+        with self.residency.on_device("text_encoder"):
+            gists = self.clip.pooled([request.token_ids[f"clip.{name}"] for name in names])
+            words = self.t5.encode([request.token_ids[name] for name in names], length)
         dtype = self.transformer.dtype
         pairs = zip(words, gists, strict=True)
         return FluxConditioning(tuple(Prompt(word.to(dtype), gist.to(dtype)) for word, gist in pairs))
@@ -148,7 +150,8 @@ class FluxPipeline:
 
     def decode(self, state: DenoiseState, cursor: None) -> tuple[FrameChunk, None]:
         """The picture, in one chunk."""
-        return FrameChunk(self.vae.frames(state.latents)), None
+        with self.residency.on_device("vae"):
+            return FrameChunk(self.vae.frames(state.latents)), None
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         """See `pipelines.state_file`."""
@@ -169,20 +172,29 @@ class FluxPipeline:
 
 def load(spec: ModelSpec, options: LoadOptions) -> FluxPipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
-    flow = read_image_config(spec.sampler)
+    flow, residency = read_image_config(spec.sampler), options.residency
     return FluxPipeline(
         spec=spec,
         device=options.device,
         mesh=options.mesh,
         flow=flow,
         transformer=load_transformer(spec.root / "transformer", options),
-        clip=load_clip(spec.root / "text_encoder", options.device, options.dit_dtype),
-        t5=load_t5(spec.root / "text_encoder_2", options.device, options.dit_dtype, options.mesh),
-        vae=load_kl_vae(
-            options.vae_path or spec.root / "vae",
-            options.device,
-            options.vae_dtype,
-            band_rows=KL_BAND_ROWS if options.vae_tiling else None,
-            group=options.mesh.world,
+        clip=residency.load(
+            "text_encoder", lambda home: load_clip(spec.root / "text_encoder", home, options.dit_dtype)
         ),
+        t5=residency.load(
+            "text_encoder",
+            lambda home: load_t5(spec.root / "text_encoder_2", home, options.dit_dtype, options.mesh),
+        ),
+        vae=residency.load(
+            "vae",
+            lambda home: load_kl_vae(
+                options.vae_path or spec.root / "vae",
+                home,
+                options.vae_dtype,
+                band_rows=KL_BAND_ROWS if options.vae_tiling else None,
+                group=options.mesh.world,
+            ),
+        ),
+        residency=residency,
     )

@@ -56,6 +56,7 @@ SINGLE_LAYERS: dict[str, tuple[str, ...]] = {
     "down": ("proj_out",),
 }
 SINGLE_NORMS = {"norm_q": "attn.norm_q", "norm_k": "attn.norm_k"}  # weight only
+BLOCKS = ("double_blocks", "single_blocks")  # in the order in which forward runs through them
 FLOAT32 = ("time_embedding.", "guidance_embedding.", "pooled_")  # begin the names of what stays float32
 
 
@@ -97,7 +98,9 @@ def load_transformer(folder: Path, options: LoadOptions) -> FluxTransformer:
         name_map(config),
         options.device,
         lambda name: parameter_dtype(name, options.dit_dtype),
+        homes=options.residency.homes(*BLOCKS),
     )
     if options.compile:
         model.compile_blocks()
+    options.residency.stream(model, *BLOCKS)
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.umt5 import UMT5, load_umt5
+from safelight.runtime.models.residency import Residency
 from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae, load_wan_vae
 from safelight.runtime.models.wan.transformer import WanText, WanTransformer
@@ -58,6 +59,7 @@ class WanPipeline:
     transformer: WanTransformer
     text_encoder: UMT5
     vae: WanVae
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def collective_decode(self) -> bool:
@@ -65,9 +67,8 @@ class WanPipeline:
         return self.vae.group is not None
 
     def weights_bytes(self) -> int:
-        """Bytes of all resident weights."""
-        modules = (self.transformer, self.text_encoder.module, self.vae.module)
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        """Bytes of all resident weights, and room for those that move in."""
+        return self.residency.weights_bytes(self.transformer, self.text_encoder.module, self.vae.module)
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
@@ -85,7 +86,8 @@ class WanPipeline:
                 raise InvalidRequest(
                     f"token_ids[{name!r}]: 1 to {TEXT_TOKENS} ids expected, got {count}", param="token_ids"
                 )
-        rows = self.text_encoder.encode([request.token_ids[name] for name in names])
+        with self.residency.on_device("text_encoder"):
+            rows = self.text_encoder.encode([request.token_ids[name] for name in names])
         padded = [torch.nn.functional.pad(row, (0, 0, 0, TEXT_TOKENS - len(row))) for row in rows]
         positive, *negative = [row.to(self.transformer.dtype) for row in padded]
         return WanConditioning(positive, negative[0] if negative else None)
@@ -141,7 +143,9 @@ class WanPipeline:
 
     def decode(self, state: DenoiseState, cursor: DecodeCursor | None) -> tuple[FrameChunk, DecodeCursor | None]:
         """The next latent frame's frames: 1, then 4 at a time."""
-        frames, following = self.vae.decode(state.latents, cursor)
+        with self.residency.on_device("vae") as visit:
+            frames, following = self.vae.decode(state.latents, cursor)
+            visit.more = following is not None
         return FrameChunk(frames), following
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
@@ -161,18 +165,26 @@ class WanPipeline:
 def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
     flow = read_config(spec.sampler)
+    residency = options.residency
     return WanPipeline(
         spec=spec,
         device=options.device,
         mesh=options.mesh,
         flow=flow,
         transformer=load_transformer(spec.root / "transformer", options),
-        text_encoder=load_umt5(spec.root / "text_encoder", options.device, options.dit_dtype, options.mesh),
-        vae=load_wan_vae(
-            options.vae_path or spec.root / "vae",
-            options.device,
-            options.vae_dtype,
-            band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
-            group=options.mesh.world,
+        text_encoder=residency.load(
+            "text_encoder",
+            lambda home: load_umt5(spec.root / "text_encoder", home, options.dit_dtype, options.mesh),
         ),
+        vae=residency.load(
+            "vae",
+            lambda home: load_wan_vae(
+                options.vae_path or spec.root / "vae",
+                home,
+                options.vae_dtype,
+                band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
+                group=options.mesh.world,
+            ),
+        ),
+        residency=residency,
     )

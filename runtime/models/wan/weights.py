@@ -44,6 +44,7 @@ BLOCK_NORMS = {  # weight only
 }
 CROSS_NORM = ("cross_norm", "norm2")
 MODULATION = ("modulation", "scale_shift_table")
+BLOCKS = ("blocks",)  # the lists of blocks, in the order in which forward runs through them
 FLOAT32 = ("time_embedding.", "cross_norm.", "modulation")  # parts of names that stay float32, as diffusers keeps them
 
 
@@ -84,7 +85,9 @@ def load_transformer(folder: Path, options: LoadOptions) -> WanTransformer:
         options.device,
         lambda name: parameter_dtype(name, options.dit_dtype),
         ignored=lambda name: "norm_added_q" in name,  # in some published files, used by no layer
+        homes=options.residency.homes(*BLOCKS),
     )
     if options.compile:
         model.compile_blocks()
+    options.residency.stream(model, *BLOCKS)
     return model.eval()
