@@ -28,6 +28,7 @@ class SamplingParams:
     num_outputs_per_prompt: int | None = option(None, "pictures or videos per prompt")
     sampler: str | None = option(None, "flow-matching sampler, as `safelight models` lists them")
     image_path: str = option("", "picture to start from: PNG, JPEG or WebP")
+    previews: int = option(0, "small pictures of each output while it is made, evenly spaced", minimum=0)
 
     def __post_init__(self) -> None:
         check_options(self, InvalidRequest)

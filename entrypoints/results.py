@@ -46,18 +46,18 @@ class Result:
 class RequestMaker:
     """Checks and completes requests for one model, whose server finds their pictures in `inputs`.
 
-    Raises ModelError when the model's tokenizer cannot be read.
+    `vae_path`: of another VAE than the model's. Raises ModelError when the model's tokenizer cannot be read.
     """
 
-    def __init__(self, spec: ModelSpec, inputs: InputStore) -> None:
-        self._spec, self._tokenizer, self._inputs = spec, load_tokenizer(spec), inputs
+    def __init__(self, spec: ModelSpec, inputs: InputStore, vae_path: str | None = None) -> None:
+        self._spec, self._tokenizer, self._inputs, self._vae = spec, load_tokenizer(spec), inputs, vae_path
 
     def make(
         self, prompt: str, output_format: str | None, output_quality: int | None, **params: Any
     ) -> GenerationRequest:
         """`params` are SamplingParams' fields. Raises InvalidRequest and ConfigError naming the parameter."""
         files = GenerateArgs(output_format=output_format, output_quality=output_quality)
-        (job,) = check_jobs(self._spec, [("", SamplingParams(prompt=prompt, **params))], files)
+        (job,) = check_jobs(self._spec, [("", SamplingParams(prompt=prompt, **params))], files, self._vae)
         images = tuple(self._inputs.add(picture) for picture in job.images)
         return request_of(self._tokenizer, job.params, job.media, images)
 

@@ -15,8 +15,17 @@ from starlette.responses import Response
 from safelight.configs.families import FAMILIES
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.http import bodies, replies
-from safelight.entrypoints.http.schemas import Image, ImageEvent, ImageRequest, ImagesReply, TokenDetails, Usage
+from safelight.entrypoints.http.schemas import (
+    Image,
+    ImageEvent,
+    ImageRequest,
+    ImagesReply,
+    PartialImage,
+    TokenDetails,
+    Usage,
+)
 from safelight.entrypoints.http.service import Service, Waiting, checked
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import InvalidRequest, JobFailed, NotFound, SafelightError
 from safelight.runtime.messages import Artifact, GenerationRequest
 
@@ -29,10 +38,8 @@ async def create_image(request: Request) -> Response:
     body, warnings = await bodies.read(request, ImageRequest)
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images needs stream: true", param="partial_images")
-    if body.partial_images:
-        warnings.append("partial_images: no previews are made yet; the completed picture is the only event")
     waiting = await service.submit(request, body)
-    headers = bodies.warning_header(warnings)
+    headers = bodies.warning_header(warnings + service.translator.warnings(body))
     if body.stream:
         return replies.events(_stream(service, waiting, body), headers)
     async with service.attached(waiting):
@@ -66,13 +73,27 @@ async def _stream(service: Service, waiting: Waiting, body: ImageRequest) -> Asy
     async with service.attached(waiting):
         try:
             async for event in service.client.events(waiting.job, waiting.owner):
-                if event.status is not None:
+                if isinstance(event, Preview):
+                    yield replies.event("image_generation.partial_image", _partial(event, body))
+                elif event.status is not None:
                     for artifact in checked(event).artifacts:
                         yield replies.event(
                             "image_generation.completed", await _completed(service, waiting, body, artifact)
                         )
         except SafelightError as error:
             yield replies.error_event(error)
+
+
+def _partial(preview: Preview, body: ImageRequest) -> PartialImage:
+    return PartialImage(
+        b64_json=base64.b64encode(preview.data).decode(),
+        partial_image_index=preview.number,
+        created_at=int(time.time()),
+        output_format=body.output_format,
+        size=f"{preview.width}x{preview.height}",
+        index=preview.index,
+        step=preview.step,
+    )
 
 
 async def _completed(service: Service, waiting: Waiting, body: ImageRequest, artifact: Artifact) -> ImageEvent:

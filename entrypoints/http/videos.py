@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Mapping
+from types import MappingProxyType
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
@@ -16,14 +20,19 @@ from safelight.entrypoints.http.schemas import (
     VideoDeleted,
     VideoError,
     VideoList,
+    VideoPreview,
     VideoProgress,
     VideoRequest,
 )
 from safelight.entrypoints.http.service import Service
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import InvalidRequest, NotFound, SafelightError
 from safelight.runtime.messages import Event, JobInfo, JobState, ListJobs, Stage, Status
 
 ORIGIN = "videos"
+OUTPUT_FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = MappingProxyType(
+    {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+)
 MAX_LIST = 100
 _POLL_MS = (100, 5_000)
 _ID = re.compile(r"[0-9A-Za-z]{26}")
@@ -33,6 +42,7 @@ async def create_video(request: Request) -> Response:
     """POST /v1/videos: answers at once with the queued video."""
     service: Service = request.app.state.service
     body, warnings = await bodies.read(request, VideoRequest)
+    warnings += service.translator.warnings(body)
     waiting = await service.submit(request, body)
     state = await service.client.job(waiting.job, waiting.owner)
     return _reply(service, state, bodies.warning_header(warnings))
@@ -84,7 +94,8 @@ async def video_content(request: Request) -> Response:
 
 
 async def video_events(request: Request) -> Response:
-    """GET /v1/videos/{id}/events: every step as it happens; the last event is the video."""
+    """GET /v1/videos/{id}/events: every step as it happens, and the previews that were asked for; the last event is
+    the video."""
     service: Service = request.app.state.service
     state = await _state(request)
     return replies.events(_events(service, state.job, request.state.owner))
@@ -93,13 +104,27 @@ async def video_events(request: Request) -> Response:
 async def _events(service: Service, job: str, owner: str) -> AsyncGenerator[bytes]:
     try:
         async for event in service.client.events(job, owner):
-            if event.status is not None:
+            if isinstance(event, Preview):
+                yield replies.event("video.partial_image", _preview(event))
+            elif event.status is not None:
                 state = await service.client.job(job, owner)
                 yield replies.event(f"video.{_status(state)}", _video(service, state))
             elif event.progress is not None:
                 yield replies.event("video.progress", _progress(event))
     except SafelightError as error:
         yield replies.error_event(error)
+
+
+def _preview(preview: Preview) -> VideoPreview:
+    return VideoPreview(
+        id=preview.job,
+        b64_json=base64.b64encode(preview.data).decode(),
+        partial_image_index=preview.number,
+        created_at=int(time.time()),
+        output_format=OUTPUT_FORMATS[preview.media_type],
+        size=f"{preview.width}x{preview.height}",
+        step=preview.step,
+    )
 
 
 def _progress(event: Event) -> VideoProgress:

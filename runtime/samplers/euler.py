@@ -14,7 +14,7 @@ from safelight.runtime.samplers.schedule import FlowConfig, Schedule
 
 @dataclass(frozen=True, slots=True)
 class Euler:
-    """First order, no memory."""
+    """First order; remembers the latest prediction, for previews only."""
 
     config: FlowConfig
 
@@ -30,5 +30,5 @@ class Euler:
     def step(
         self, sigmas: Sequence[float], index: int, sample: torch.Tensor, velocity: torch.Tensor, state: SamplerState
     ) -> tuple[torch.Tensor, SamplerState]:
-        """x' = x + (sigma' - sigma) * v; the state stays empty."""
-        return sample + (sigmas[index + 1] - sigmas[index]) * velocity, state
+        """x' = x + (sigma' - sigma) * v."""
+        return sample + (sigmas[index + 1] - sigmas[index]) * velocity, SamplerState(velocity=velocity)

@@ -60,6 +60,7 @@ def test_a_rank_killed_under_nccl_is_replaced_and_changes_nothing(
         while server.pids().get("worker 0.1", old) == old:  # what the old ranks did is read meanwhile
             assert time.monotonic() < killed + 60, "no new rank"
             for event in client.poll(0.05):
+                assert isinstance(event, Event)
                 running.seen.setdefault(event.job, []).append(event)
         assert running.until(lambda event: event.job == job, timeout_s=120).status is None
         again_s = time.monotonic() - killed

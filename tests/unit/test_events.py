@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ class Peers:
         self.busy: set[bytes] = set()
         self.gone: set[bytes] = set()
 
-    def send(self, peer: bytes, event: Event) -> Delivery:
+    def send(self, peer: bytes, event: Any, data: bytes = b"") -> Delivery:
         if peer in self.gone:
             return Delivery.GONE
         if peer in self.busy:

@@ -69,6 +69,7 @@ class FakePipeline:
     def __init__(self, collective_decode: bool = False) -> None:
         self.collective_decode = collective_decode
         self.decoded = 0
+        self.colours = True
 
     def weights_bytes(self) -> int:
         return 0
@@ -93,6 +94,9 @@ class FakePipeline:
         frame = cursor or 0
         pixels = torch.full((1, 16, 16, 3), frame, dtype=torch.uint8)
         return FrameChunk(pixels), frame + 1 if frame < 2 else None
+
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        return torch.full((2, 2, 3), int(state.latents[0, 0, 0, 0]), dtype=torch.uint8) if self.colours else None
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         return {"latents": state.latents, "step": torch.tensor(state.step)}

@@ -21,6 +21,7 @@ from safelight.runtime.models.wan.transformer import WanText, WanTransformer
 from safelight.runtime.models.wan.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Sampler, make_sampler, read_config
@@ -58,6 +59,7 @@ class WanPipeline:
     transformer: WanTransformer
     text_encoder: UMT5
     vae: WanVae
+    colours: LatentColours | None = None
 
     @property
     def collective_decode(self) -> bool:
@@ -153,6 +155,10 @@ class WanPipeline:
         frames, following = self.vae.decode(state.latents, cursor)
         return FrameChunk(frames), following
 
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """See `pipelines.preview`; None for a VAE whose factors are not known."""
+        return self.colours.preview(state) if self.colours else None
+
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         """See `pipelines.state_file`."""
         return save_state(state)
@@ -184,4 +190,5 @@ def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
             band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
             group=options.mesh.world,
         ),
+        colours=load_colours(options.vae_path or spec.root / "vae", options.device),
     )
