@@ -94,7 +94,7 @@ class Pipeline(Protocol):
 
     def preview(self, state: DenoiseState) -> torch.Tensor | None:
         """What the picture will be, as far as can be told after the latest step: uint8 (h, w, 3) on the device, one
-        pixel for each place of the latents; None if it cannot be told. Cheap, and waits for nothing (`pipelines.preview`).
+        pixel for each place of the latents; None if it cannot be told. Cheap; waits for nothing. See pipelines.preview.
         """
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from running_server import Running, request
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints.client import Client
 from safelight.runtime.launch.supervisor import Supervisor
-from safelight.runtime.messages import Status
+from safelight.runtime.messages import Event, Status
 
 pytestmark = [
     pytest.mark.gpu,
