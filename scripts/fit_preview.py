@@ -5,8 +5,8 @@
     python scripts/fit_preview.py MODEL --images FOLDER      pictures that its VAE encodes (Wan's architecture)
 
 MODEL is a directory in diffusers format, or `builtin`. Writes preview.json into its folder vae (or --output) and prints
-how much of the colours' variance the linear map explains. Latents are those that the VAE decodes, pixels are the decoded
-ones, averaged over each latent's square: the map is judged by what the VAE makes of latents, not by the source pictures.
+how much of the colours' variance the linear map explains. Pixels are those that the VAE makes of the latents, averaged
+over each latent's square.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # latents (C, h, w), pixels (3, H, W) 
 
 
 def default_prompts() -> list[str]:
-    return [f"a {s} on a {g} background" for i, s in enumerate(SUBJECTS) for g in (GROUNDS[i % 6], GROUNDS[(i + 3) % 6])]
+    return [
+        f"a {s} on a {g} background" for i, s in enumerate(SUBJECTS) for g in (GROUNDS[i % 6], GROUNDS[(i + 3) % 6])
+    ]
 
 
 @torch.inference_mode()
