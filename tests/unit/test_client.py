@@ -13,6 +13,7 @@ import zmq
 
 from safelight.entrypoints import client as client_module
 from safelight.entrypoints.client import Client
+from safelight.entrypoints.previews import Preview
 from safelight.runtime import transport
 from safelight.runtime.errors import Conflict, JobFailed, NotFound, Overloaded, WorkerLost
 from safelight.runtime.messages import (
@@ -27,6 +28,7 @@ from safelight.runtime.messages import (
     JobState,
     MediaFormat,
     MediaSpec,
+    PreviewMade,
     Progress,
     QueryJob,
     QueryStatus,
@@ -73,7 +75,8 @@ class FakeServer:
                         self.arrived.notify_all()
                     with contextlib.suppress(transport.PeerUnreachable):  # it has its answer and is gone
                         for reply in self.answer(received.message):
-                            channel.send(reply, received.identity)
+                            frames = (b"a picture",) if isinstance(reply, PreviewMade) else ()
+                            channel.send(reply, received.identity, frames)
         submit.close()
         events.close()
         context.term()
@@ -140,6 +143,25 @@ def test_a_job_is_submitted_followed_and_closed_by_its_terminal(serve: Any) -> N
     submitted = next(message for message in server.seen if isinstance(message, Submit))
     assert submitted.request == REQUEST
     assert submitted.attached
+
+
+def test_previews_are_among_the_events_and_nobody_has_to_look_at_them(serve: Any) -> None:
+    def made(job: str, number: int, nbytes: int = 9) -> PreviewMade:
+        return PreviewMade(job, number, 0, number, number + 1, 8, 8, "image/png", nbytes)
+
+    def answer(message: Any) -> list[Any]:
+        if isinstance(message, Subscribe):
+            previews = [made(message.job, 0), made(message.job, 1, nbytes=7), made(message.job, 2)]  # one is torn
+            return [*previews, *happy(message), made(message.job, 3)]
+        return happy(message)
+
+    with Client(serve(answer).endpoints) as client:
+        job = client.submit(REQUEST)
+        found = list(client.events(job))
+        assert [e.number for e in found if isinstance(e, Preview)] == [0, 2]
+        assert [e.data for e in found if isinstance(e, Preview)] == [b"a picture"] * 2
+        assert isinstance(found[-1], Event)
+        assert client.wait(client.submit(REQUEST)).artifacts == DONE
 
 
 def test_two_jobs_can_be_waited_for_one_after_the_other(serve: Any) -> None:
