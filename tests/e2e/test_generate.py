@@ -90,7 +90,7 @@ def alike(one: Path, other: Path) -> float:
     for path in (one, other):
         with Image.open(path) as picture:
             small.append(np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX)).ravel())
-    return float(np.corrcoef(*small)[0, 1])
+    return float(np.corrcoef(np.stack(small))[0, 1])
 
 
 def test_previews_show_the_picture_that_is_being_made(tmp_path: Path) -> None:

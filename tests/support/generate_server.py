@@ -84,7 +84,10 @@ class FakeServer:
 
     def poll(self, timeout_s: float) -> list[Event | Preview]:
         jobs = [] if self.drained else list(self.open)
-        return [event for job in jobs for event in (*self._previews(job), self.script(self.open.pop(job), job))]
+        events: list[Event | Preview] = []
+        for job in jobs:
+            events += [*self._previews(job), self.script(self.open.pop(job), job)]
+        return events
 
     def _previews(self, job: str) -> list[Preview]:
         return [Preview(job, 0, n, step, 8, 8, "image/png", b"preview") for n, step in enumerate(self.preview_steps)]

@@ -125,7 +125,7 @@ def alike(one: Any, other: Any) -> float:
     small = [
         np.asarray(Image.fromarray(picture).resize((16, 16), Image.Resampling.BOX)).ravel() for picture in (one, other)
     ]
-    return float(np.corrcoef(*small)[0, 1])
+    return float(np.corrcoef(np.stack(small))[0, 1])
 
 
 def test_a_preview_shows_the_picture_that_comes_and_no_other(builtin: Pipeline) -> None:
@@ -219,7 +219,12 @@ def test_the_fit_finds_the_map_that_made_the_colours(tmp_path: Path) -> None:
 
 def ready(height: int, width: int, number: int = 0, **changes: Any) -> tuple[PreviewReady, tuple[memoryview, ...]]:
     pixels = np.full((height, width, 3), (200, 30, 60), np.uint8)
-    values = {"shape": pixels.shape, "dtype": "uint8", "nbytes": pixels.nbytes, "crc32": zlib.crc32(pixels.data)}
+    values: dict[str, Any] = {
+        "shape": pixels.shape,
+        "dtype": "uint8",
+        "nbytes": pixels.nbytes,
+        "crc32": zlib.crc32(pixels.data),
+    }
     return PreviewReady(JOB, 0, 0, number, 1, TensorRef(**values | changes)), (pixels.data.cast("B"),)
 
 
