@@ -29,7 +29,7 @@ PROMPTS = ("", "", "", "", "", "abandoned", "killer:1", "killer:3", "failing:0",
 def submit_something(world: World, rng: random.Random) -> None:
     request = make_request(
         rng.randint(1, 6), rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 1, 1, 2]), rng.choice(PROMPTS),
-        rng.choice([0, 0, 1, 3]),
+        len(world.submits) % 3,
     )  # fmt: skip
     world.submit(
         f"job{len(world.submits)}", request, attached=rng.random() < 0.7, priority=rng.choice(list(m.Priority)),

@@ -303,7 +303,8 @@ def test_the_profile_describes_what_the_pipeline_holds(
     profile = pipeline.profile(request)
     state = advance(pipeline, start(pipeline, request), 3)
     assert tuple(state.latents.shape) == profile.latent_shape
-    memory = [t for t in (state.sampler.last_sample, *state.sampler.model_outputs) if t is not None]
+    sampler = state.sampler
+    memory = [t for t in (sampler.last_sample, sampler.velocity, *sampler.model_outputs) if t is not None]
     assert sum(t.nbytes for t in (state.latents, *memory)) == profile.state_bytes
     text = [t for t in (state.conditioning.positive, state.conditioning.negative) if t is not None]
     assert sum(t.nbytes for t in text) == profile.conditioning_bytes
