@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 import secrets
 import time
@@ -34,7 +35,7 @@ OUTPUT_FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = MappingProxyType(
     {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 )
 MAX_LIST = 100
-_POLL_MS = (100, 5_000)
+_POLL_MS = (100, 15_000)  # however far the end is: it may come sooner than predicted
 _ID = re.compile(r"[0-9A-Za-z]{26}")
 
 
@@ -156,12 +157,12 @@ def _parameter(request: Request, name: str, default: str) -> str:
 
 
 def _reply(service: Service, state: JobState, headers: dict[str, str] | None = None) -> Response:
-    """A video, with the time until it is worth asking again."""
+    """A video, with its predicted time left: when it is worth asking again."""
     video = _video(service, state)
     headers = headers or {}
     if video.status in ("queued", "in_progress"):
         eta = state.eta_ms if state.eta_ms is not None else 1000.0
-        headers = {**headers, "openai-poll-after-ms": str(round(min(_POLL_MS[1], max(_POLL_MS[0], eta / 2))))}
+        headers = {**headers, "openai-poll-after-ms": str(math.ceil(min(_POLL_MS[1], max(_POLL_MS[0], eta))))}
     return replies.json(video, headers=headers)
 
 

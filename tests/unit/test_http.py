@@ -17,6 +17,7 @@ import httpx2
 import pytest
 from fake_backend import LIMITS, PNG, FakeBackend, http_server
 
+from safelight.runtime import hub
 from safelight.runtime import messages as m
 
 Serve = Callable[..., tuple[FakeBackend, httpx2.Client]]
@@ -375,7 +376,7 @@ def test_a_video_is_told_of_from_the_queue_to_its_end(serve: Serve) -> None:
     backend, http = serve(auto=False)
     reply = http.post("/v1/videos", json={"prompt": "a car", "num_inference_steps": 10})
     video = reply.json()
-    assert (video["status"], reply.headers["openai-poll-after-ms"]) == ("queued", "1500")
+    assert (video["status"], reply.headers["openai-poll-after-ms"]) == ("queued", "3000")
     content = f"/v1/videos/{video['id']}/content"
     assert (http.get(content).status_code, error_of(http.get(content))["param"]) == (400, "id")
     backend.progress(video["id"], 4)
@@ -463,6 +464,14 @@ def test_models_are_found_by_ids_with_slashes(serve: Serve) -> None:
     info = http.get("/models").json()
     assert set(info) == {
         "model_path", "task_type", "pipeline_name", "pipeline_class", "num_gpus", "dit_precision", "vae_precision",
+    }  # fmt: skip
+
+
+def test_sglangs_models_page_says_how_the_model_runs(serve: Serve) -> None:
+    model = m.ServedModel("org/builtin", str(hub.builtin_model()), 4, "bf16", "fp32")
+    assert serve(model=model)[1].get("/models").json() == {
+        "model_path": "org/builtin", "task_type": "T2V", "pipeline_name": "builtin", "pipeline_class": "WanPipeline",
+        "num_gpus": 4, "dit_precision": "bf16", "vae_precision": "fp32",
     }  # fmt: skip
 
 

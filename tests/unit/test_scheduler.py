@@ -60,6 +60,32 @@ def test_one_job_walks_the_line() -> None:
     assert world.files == set()
 
 
+def test_those_who_wait_are_told_that_they_moved_up_and_how_long_it_takes() -> None:
+    world = settled(policy_name="fcfs")
+    told: dict[str, list[tuple[int, float]]] = {}
+    receive = world.output.receive
+
+    def note() -> m.ToOutput:
+        message = receive()
+        if isinstance(message, m.Progress) and message.stage == m.Stage.QUEUED:
+            told.setdefault(message.job, []).append((message.position, message.eta_ms or 0.0))
+        return message
+
+    world.output.receive = note  # type: ignore[method-assign]
+    for number in range(6):
+        world.submit(f"job{number}", make_request(steps=6))
+    world.commit()
+    first = ask(world, m.QueryJob("job1", "me")), ask(world, m.QueryJob("job5", "me"))
+    assert first[0].eta_ms < first[1].eta_ms, "who comes earlier is done earlier"
+    world.quiesce()
+    positions = [position for position, _ in told["job5"]]
+    assert positions[0] == 5
+    assert positions == sorted(set(positions), reverse=True)
+    assert len(positions) > 2
+    times = [eta for _, eta in told["job5"]]
+    assert times == sorted(times, reverse=True)
+
+
 def test_previews_follow_their_steps_and_every_output_has_them() -> None:
     world = settled()
     world.submit("a", make_request(steps=6, outputs=2, previews=2))
