@@ -66,10 +66,12 @@ class _Stream:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, news: Event | Preview) -> None:
-        """Nothing comes after the end."""
+        """Nothing comes after the end, and no preview twice."""
         if self.latest is not None and self.latest.status is not None:
             return
         if isinstance(news, Preview):
+            if self.previews and news.place <= self.previews[-1][1].place:
+                return
             self.previews.append((self.previews[-1][0] + 1 if self.previews else 0, news))
         else:
             self.latest = news

@@ -61,6 +61,7 @@ def error_of_end(event: Event) -> SafelightError:
 class _Job:
     attached: bool
     last: Event | None = None
+    place: tuple[int, int] = (-1, -1)  # of the last preview
     unread: list[Event | Preview] = dataclasses.field(default_factory=list)
 
 
@@ -218,7 +219,8 @@ class Client:
     def _note_preview(self, preview: Preview | None) -> None:
         entry = self._jobs.get(preview.job) if preview is not None else None
         over = entry is not None and entry.last is not None and entry.last.status is not None
-        if preview is not None and entry is not None and not over:
+        if preview is not None and entry is not None and not over and preview.place > entry.place:
+            entry.place = preview.place
             entry.unread.append(preview)
 
     def _read(self, job: str) -> list[Event | Preview]:

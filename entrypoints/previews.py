@@ -29,6 +29,11 @@ class Preview:
     data: bytes
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Grows from preview to preview of a job. An output process that was started again may send some twice."""
+        return self.index, self.number
+
+    @property
     def image(self) -> Image.Image:
         """The picture, decoded."""
         from PIL import Image

@@ -152,6 +152,7 @@ def test_previews_are_among_the_events_and_nobody_has_to_look_at_them(serve: Any
     def answer(message: Any) -> list[Any]:
         if isinstance(message, Subscribe):
             previews = [made(message.job, 0), made(message.job, 1, nbytes=7), made(message.job, 2)]  # one is torn
+            previews += [made(message.job, 0)]  # again, of an output process that was started again
             return [*previews, *happy(message), made(message.job, 3)]
         return happy(message)
 

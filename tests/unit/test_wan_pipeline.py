@@ -22,7 +22,8 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime.errors import InvalidRequest, JobFailed, ModelError
 from safelight.runtime.launch.folders import create_run_folder
-from safelight.runtime.launch.specs import Group, worker_spec
+from safelight.runtime.launch.processes import Group
+from safelight.runtime.launch.specs import worker_spec
 from safelight.runtime.messages import GenerationRequest, SlotPool
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.models.wan.pipeline import WanPipeline
