@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safelight.runtime.errors import ModelError
 
-FILE = "preview.json"  # in a VAE's folder: {"matrix": [[r, g, b] for each channel], "bias": [r, g, b]}
+# In a VAE's folder: {"matrix": [[r, g, b] for each channel], "bias": [r, g, b], "later": {...} of a causal video VAE}
+FILE = "preview.json"
 Rgb = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class LatentRgb:
-    """`matrix`: one row for each latent channel."""
+    """`matrix`: one row for each latent channel. `later`: of latent frames after the first, which stand for several
+    frames, and which a causal video VAE may encode in another way; None: as the first."""
 
     matrix: tuple[Rgb, ...]
     bias: Rgb
+    later: LatentRgb | None = None
 
 
 WAN_2_1 = LatentRgb(  # Qwen-Image has the same latents
@@ -112,15 +115,20 @@ def _config(vae: Path) -> Mapping[str, Any]:
 def _read(path: Path, channels: int | None) -> LatentRgb:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        rows = [_rgb(row) for row in (*values["matrix"], values["bias"])]
-        if len(rows) - 1 != (channels or len(rows) - 1) or len(rows) < 2:
-            raise ValueError(f"{len(rows) - 1} channels in the matrix, the VAE has {channels}")
+        first = _factors(values, channels)
+        return first if "later" not in values else replace(first, later=_factors(values["later"], channels))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path}: an object with matrix (three numbers for each channel) and bias (three) expected: {error}; "
             "make it again with scripts/fit_preview.py",
             param="model_path",
         ) from error
+
+
+def _factors(values: Any, channels: int | None) -> LatentRgb:
+    rows = [_rgb(row) for row in (*values["matrix"], values["bias"])]
+    if len(rows) - 1 != (channels or len(rows) - 1) or len(rows) < 2:
+        raise ValueError(f"{len(rows) - 1} channels in the matrix, the VAE has {channels}")
     return LatentRgb(tuple(rows[:-1]), rows[-1])
 
 

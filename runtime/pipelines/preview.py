@@ -11,21 +11,27 @@ from pathlib import Path
 
 import torch
 
-from safelight.configs.families.latent_rgb import factors_of
+from safelight.configs.families.latent_rgb import LatentRgb, factors_of
 from safelight.runtime.pipelines.protocol import DenoiseState
 
 
 @dataclass(frozen=True, slots=True)
 class LatentColours:
-    """The factors of a VAE on the device: matrix (C, 3), bias (3,), float32, for values in [-1, 1]."""
+    """The factors of a VAE on the device: matrix (C, 3), bias (3,), float32, for values in [-1, 1]; `later`: of latent
+    frames after the first."""
 
     matrix: torch.Tensor
     bias: torch.Tensor
+    later: LatentColours | None = None
 
     def preview(self, state: DenoiseState) -> torch.Tensor | None:
         """uint8 (h, w, 3) of the middle frame, on the device; None before the first step."""
         predicted = predicted_x0(state)
-        return None if predicted is None else self.paint(predicted[:, predicted.shape[1] // 2])
+        if predicted is None:
+            return None
+        middle = predicted.shape[1] // 2
+        colours = self.later if middle > 0 and self.later is not None else self
+        return colours.paint(predicted[:, middle])
 
     def paint(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (C, h, w) -> uint8 (h, w, 3)."""
@@ -49,6 +55,9 @@ def predicted_x0(state: DenoiseState) -> torch.Tensor | None:
 def load_colours(vae: Path, device: torch.device) -> LatentColours | None:
     """Of the VAE in a folder; None when its factors are not known. Raises ModelError."""
     factors = factors_of(vae)
-    if factors is None:
-        return None
-    return LatentColours(torch.tensor(factors.matrix, device=device), torch.tensor(factors.bias, device=device))
+    return None if factors is None else _on(factors, device)
+
+
+def _on(factors: LatentRgb, device: torch.device) -> LatentColours:
+    later = None if factors.later is None else _on(factors.later, device)
+    return LatentColours(torch.tensor(factors.matrix, device=device), torch.tensor(factors.bias, device=device), later)

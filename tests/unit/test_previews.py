@@ -7,6 +7,7 @@ import io
 import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,6 +82,15 @@ def test_the_prediction_is_where_the_latest_velocity_points(sampler: str) -> Non
         torch.testing.assert_close(predicted, picture, atol=1e-4, rtol=1e-4)
         if step < 3:
             assert (x - picture).abs().max() > 0.1, "the latents themselves are still far from it"
+
+
+def test_later_latent_frames_may_have_a_map_of_their_own() -> None:
+    first, later = (LatentColours(torch.full((2, 3), value), torch.zeros(3)) for value in (1.0, -1.0))
+    colours = replace(first, later=later)
+    for frames, expected in ((1, 255), (2, 0), (5, 0)):
+        x = torch.ones(2, frames, 1, 1)
+        state = state_of(x, torch.tensor([1.0, 0.0]), 1, SamplerState(velocity=x))
+        assert colours.preview(state).flatten().tolist() == [expected] * 3  # type: ignore[union-attr]
 
 
 def test_the_middle_frame_goes_through_the_matrix() -> None:
@@ -206,9 +216,11 @@ def test_the_fit_finds_the_map_that_made_the_colours(tmp_path: Path) -> None:
     ]
     found = fit.fit(pairs)
     assert found[2] > 0.999
-    fit.write(tmp_path / FILE, *found[:2])
+    (tmp_path / FILE).write_text(fit.as_json(*found[:2], later=fit.as_json(-matrix, bias)))
     factors = factors_of(tmp_path)
     assert factors is not None
+    assert factors.later is not None
+    torch.testing.assert_close(torch.tensor(factors.later.matrix), -matrix, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(torch.tensor(factors.matrix), matrix, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="more or larger"):
         fit.fit([(latents[0][:, :1, :2], pairs[0][1][:, :8, :16])])
