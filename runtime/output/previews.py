@@ -51,11 +51,12 @@ class Previews:
         while self._done:
             message, future = self._done.popleft()
             self._waiting -= 1
-            if future.cancelled() or (error := future.exception()) is None:
-                if not future.cancelled():
-                    made.append((message.attempt, *future.result()))
-            else:
+            if future.cancelled():
+                continue
+            if (error := future.exception()) is not None:
                 log.warning("job %s: no preview of step %d: %s", message.job, message.step, error)
+                continue
+            made.append((message.attempt, *future.result()))
         return made
 
 
