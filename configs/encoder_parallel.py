@@ -16,7 +16,7 @@ from safelight.runtime.errors import ConfigError
 PROMPTS, TOKENS = 2, 128  # a guided request: its prompts are encoded unpadded, and few are longer
 _BYTES = 2  # of a weight
 _SUM_BYTES = 4  # sums over ranks are float32
-CPU = Machine("CPU", tflops=0.03, link=1e9, network=1e9, latency_s=1e-3)
+CPU = Machine("CPU", tflops=0.03, link=1e9, network=1e9, latency_s=1e-3, sum_latency_s=1e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def encode_seconds(shape: EncoderShape, shares: EncoderShares, device: str) -> f
     work = 2.0 * shape.layer_weights * tokens * part / 1e12 / machine.tflops
     reading = _BYTES * shape.layer_weights * part / memory
     summed = _SUM_BYTES * tokens * shape.width * 2 * (tp - 1) / tp / machine.link
-    sums = (2 * shape.layers + 1) * (machine.latency_s + summed) if tp > 1 else 0.0
+    sums = (2 * shape.layers + 1) * (machine.sum_latency_s + summed) if tp > 1 else 0.0
     sent = shape.prompts * (machine.latency_s + _BYTES * shape.tokens * shape.width / machine.link) if sets > 1 else 0.0
     return max(work, reading) + sums + sent
 

@@ -40,6 +40,7 @@ class SamplingParams:
     cfg_truncation: float | None = option(
         None, "share of the way from noise to picture after which guidance is switched off; 1: never"
     )
+    previews: int = option(0, "small pictures of each output while it is made, evenly spaced", minimum=0)
 
     def __post_init__(self) -> None:
         check_options(self, InvalidRequest)

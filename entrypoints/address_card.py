@@ -23,6 +23,7 @@ class Card(msgspec.Struct, frozen=True):
     model: str
     backend: str
     trust_remote_code: bool
+    vae_path: str | None = None  # of another VAE than the model's
 
     @property
     def spec(self) -> ModelSpec:

@@ -2,13 +2,14 @@
 
 What was not answered is sent again every RENEW_S (all requests are idempotent), and so are subscriptions and leases:
 the restart of scheduler or output is survived. Events are levels: a follower sees the newest, and never misses the end.
+Of previews it sees the last few.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import msgspec
 import zmq
 
 from safelight.entrypoints.client import ANSWER_S, RENEW_S, error_of
+from safelight.entrypoints.previews import Preview, received
 from safelight.runtime import transport
 from safelight.runtime.errors import WorkerLost
 from safelight.runtime.messages import (
@@ -27,6 +29,7 @@ from safelight.runtime.messages import (
     Event,
     Forget,
     Forgotten,
+    FromEvents,
     FromScheduler,
     JobPage,
     JobState,
@@ -42,6 +45,7 @@ from safelight.runtime.messages import (
     Unsubscribe,
 )
 
+KEPT_PREVIEWS = 4  # of a job, for a follower that is busy
 LOOK_S = 5.0  # without an event, a follower asks the scheduler: output may know an old job no more
 Answer = TypeVar("Answer", Accepted, CancelAccepted, Forgotten, JobPage, JobState, ServerStatus)
 
@@ -58,7 +62,20 @@ class _Stream:
 
     followers: int = 0
     latest: Event | None = None
+    previews: deque[tuple[int, Preview]] = field(default_factory=lambda: deque(maxlen=KEPT_PREVIEWS))  # counted
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def note(self, news: Event | Preview) -> None:
+        """Nothing comes after the end, and no preview twice."""
+        if self.latest is not None and self.latest.status is not None:
+            return
+        if isinstance(news, Preview):
+            if self.previews and news.place <= self.previews[-1][1].place:
+                return
+            self.previews.append((self.previews[-1][0] + 1 if self.previews else 0, news))
+        else:
+            self.latest = news
+        self.changed.set()
 
 
 class _Link:
@@ -90,8 +107,8 @@ class _Link:
         return answer
 
     def receive(self) -> None:
-        for received in self.channel.receive_all(limit=100_000):
-            message = received.message
+        for came in self.channel.receive_all(limit=100_000):
+            message = came.message
             about = message.ask if isinstance(message, JobPage) else getattr(message, "job", "")
             for asked in self._asked.get(about, ()):
                 if not asked.answered.done():
@@ -117,7 +134,8 @@ class AsyncClient:
         self._submits, self._cancels, self._forgets, self._queries, self._status = self._links = tuple(
             _Link(self._context, endpoints.submit) for _ in range(5)
         )
-        self._events: transport.Channel[Event] = transport.connect_dealer(self._context, endpoints.events, Event)
+        self._events: transport.Channel[FromEvents]
+        self._events = transport.connect_dealer(self._context, endpoints.events, FromEvents)
         self._streams: dict[tuple[str, str], _Stream] = {}
         self._leases: Counter[tuple[str, str]] = Counter()
         self._receivers: list[tuple[transport.Channel[Any], Callable[[], None]]] = [
@@ -191,11 +209,19 @@ class AsyncClient:
                 del self._streams[key]
                 self._tell_output(Unsubscribe(job, owner))
 
-    async def events(self, job: str, owner: str) -> AsyncIterator[Event]:
-        """The newest event whenever there is one, up to the job's end. Raises NotFound, or WorkerLost."""
+    async def events(self, job: str, owner: str) -> AsyncIterator[Event | Preview]:
+        """The newest event whenever there is one, up to the job's end, after the previews that came before it.
+
+        Raises NotFound, or WorkerLost.
+        """
         told: Event | None = None
+        seen = -1
         with self._followed(job, owner) as stream:
             while True:
+                if unseen := [item for item in stream.previews if item[0] > seen]:
+                    seen, preview = unseen[0]
+                    yield preview
+                    continue
                 if stream.latest is None or stream.latest == told:
                     stream.changed.clear()
                     try:
@@ -213,7 +239,7 @@ class AsyncClient:
         """The terminal event of a job, whatever it is. Raises NotFound, or WorkerLost."""
         last: Event | None = None
         async for event in self.events(job, owner):
-            last = event
+            last = event if isinstance(event, Event) else last
         assert last is not None, "events end with the terminal"
         return last
 
@@ -237,18 +263,16 @@ class AsyncClient:
 
     def _receive_events(self) -> None:
         by_job: dict[str, list[_Stream]] | None = None
-        for received in self._events.receive_all(limit=100_000):
-            event = received.message
-            if not event.known:
+        for came in self._events.receive_all(limit=100_000):
+            event = came.message if isinstance(came.message, Event) else received(came.message, came.frames)
+            if event is None or (isinstance(event, Event) and not event.known):
                 continue
             if by_job is None:
                 by_job = defaultdict(list)
                 for (job, _owner), stream in self._streams.items():
                     by_job[job].append(stream)
             for stream in by_job.get(event.job, ()):
-                if stream.latest is None or stream.latest.status is None:
-                    stream.latest = event
-                    stream.changed.set()
+                stream.note(event)
 
     def _tell_output(self, message: msgspec.Struct) -> None:
         with contextlib.suppress(transport.PeerUnreachable):  # renewed later

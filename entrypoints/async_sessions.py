@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.entrypoints import address_card, async_client
 from safelight.entrypoints.client import error_of_end
+from safelight.entrypoints.previews import Preview
 from safelight.entrypoints.results import RequestMaker, Result
 from safelight.runtime.messages import Event, Priority, Progress, Status, Submit
 from safelight.runtime.ulid import new_ulid
@@ -25,10 +26,14 @@ class AsyncJob:
         self._wire, self.id, self._owner, self._held = wire, job, owner, held
         self._end: Event | None = None
 
-    async def progress(self) -> AsyncIterator[Progress]:
-        """What happens, up to the end; steps may be left out."""
+    async def progress(self) -> AsyncIterator[Progress | Preview]:
+        """What happens, up to the end; steps may be left out. Previews come if the job was submitted with `previews`:
+        so many of each output, as `preview.image`, fewer when one is lost."""
         if self._end is None:
             async for event in self._wire.events(self.id, self._owner):
+                if isinstance(event, Preview):
+                    yield event
+                    continue
                 if event.progress is not None:
                     yield event.progress
                 if event.status is not None:
@@ -56,7 +61,7 @@ class AsyncClient:
 
     def __init__(self, endpoint: str | Path, owner: str = "local") -> None:
         card, inputs = address_card.read(endpoint)
-        self._maker, self._owner = RequestMaker(card.spec, inputs), owner
+        self._maker, self._owner = RequestMaker(card.spec, inputs, card.vae_path), owner
         self._wire = async_client.AsyncClient(card.endpoints)
 
     async def submit(

@@ -15,6 +15,7 @@ from typing import Any
 
 import zmq
 
+from safelight.entrypoints.previews import Preview, received
 from safelight.runtime import transport
 from safelight.runtime.errors import JobFailed, SafelightError, WorkerLost, from_code
 from safelight.runtime.messages import (
@@ -24,6 +25,7 @@ from safelight.runtime.messages import (
     Endpoints,
     ErrorInfo,
     Event,
+    FromEvents,
     FromScheduler,
     GenerationRequest,
     JobState,
@@ -59,7 +61,8 @@ def error_of_end(event: Event) -> SafelightError:
 class _Job:
     attached: bool
     last: Event | None = None
-    unread: list[Event] = dataclasses.field(default_factory=list)
+    place: tuple[int, int] = (-1, -1)  # of the last preview
+    unread: list[Event | Preview] = dataclasses.field(default_factory=list)
 
 
 class Client:
@@ -70,7 +73,8 @@ class Client:
         self._context: zmq.Context[Any] = zmq.Context()
         self._submit: transport.Channel[FromScheduler]
         self._submit = transport.connect_dealer(self._context, endpoints.submit, FromScheduler)
-        self._events: transport.Channel[Event] = transport.connect_dealer(self._context, endpoints.events, Event)
+        self._events: transport.Channel[FromEvents]
+        self._events = transport.connect_dealer(self._context, endpoints.events, FromEvents)
         self._jobs: dict[str, _Job] = {}  # open ones; the lease thread reads it
         self._lock = threading.Lock()
         self._renewed = time.monotonic()
@@ -135,13 +139,14 @@ class Client:
         """Jobs whose terminal event has not been read."""
         return frozenset(self._jobs)
 
-    def poll(self, timeout_s: float) -> list[Event]:
-        """New events of all open jobs, waiting up to `timeout_s` for the first; a terminal event closes its job."""
+    def poll(self, timeout_s: float) -> list[Event | Preview]:
+        """New events of all open jobs, waiting up to `timeout_s` for the first; a terminal event closes its job.
+        Previews are among them for jobs that asked for some."""
         self._receive(timeout_s, self.open_jobs)
         return [event for job in self.open_jobs for event in self._read(job)]
 
-    def events(self, job: str) -> Iterator[Event]:
-        """The events of one job up to its terminal; those of other jobs are kept for their readers."""
+    def events(self, job: str) -> Iterator[Event | Preview]:
+        """As `poll`, of one job up to its terminal; events of other jobs are kept for their readers."""
         while job in self._jobs:
             self._receive(RENEW_S, {job})
             yield from self._read(job)
@@ -149,6 +154,8 @@ class Client:
     def wait(self, job: str) -> Event:
         """The terminal event of a completed job. Raises JobFailed, Poisoned, Cancelled, ... for the others."""
         for event in self.events(job):
+            if isinstance(event, Preview):
+                continue
             if event.status is Status.COMPLETED:
                 return event
             if event.status is not None:
@@ -193,8 +200,11 @@ class Client:
                     self._subscribe(job)
             due = min(deadline, self._renewed + RENEW_S)
             self._events.socket.poll(max(0, round(1000 * (due - now))))
-            for received in self._events.receive_all():
-                self._note(received.message)
+            for came in self._events.receive_all():
+                if isinstance(came.message, Event):
+                    self._note(came.message)
+                else:
+                    self._note_preview(received(came.message, came.frames))
             if time.monotonic() >= deadline:
                 return
 
@@ -206,10 +216,17 @@ class Client:
             entry.last = event
             entry.unread.append(event)
 
-    def _read(self, job: str) -> list[Event]:
+    def _note_preview(self, preview: Preview | None) -> None:
+        entry = self._jobs.get(preview.job) if preview is not None else None
+        over = entry is not None and entry.last is not None and entry.last.status is not None
+        if preview is not None and entry is not None and not over and preview.place > entry.place:
+            entry.place = preview.place
+            entry.unread.append(preview)
+
+    def _read(self, job: str) -> list[Event | Preview]:
         """The job's unread events; reading its terminal closes it."""
         found, self._jobs[job].unread = self._jobs[job].unread, []
-        if found and found[-1].status is not None:
+        if found and isinstance(found[-1], Event) and found[-1].status is not None:
             self._close_job(job)
             self._events.send(Unsubscribe(job, self._owner))
         return found
@@ -224,8 +241,8 @@ class Client:
                 self._submit.send(message)
                 resend = now + RENEW_S
             self._submit.socket.poll(max(0, round(1000 * (min(resend, deadline) - now))))
-            for received in self._submit.receive_all():
-                answer = received.message
+            for came in self._submit.receive_all():
+                answer = came.message
                 if isinstance(answer, Refused) and answer.job == job:
                     raise error_of(answer.error)
                 if answers(answer):

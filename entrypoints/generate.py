@@ -22,8 +22,9 @@ from safelight.entrypoints.interrupts import PREEMPTED, Interrupted, Interrupts
 from safelight.entrypoints.jobs import Job, check_jobs, read_jobs, requests, unknown_words
 from safelight.entrypoints.kept_run import KeptRun
 from safelight.entrypoints.model_path import find_root
+from safelight.entrypoints.previews import Preview
 from safelight.entrypoints.progress import JsonReporter, PlainReporter, Reporter
-from safelight.entrypoints.saving import file_name, prepare_folder, save, save_again
+from safelight.entrypoints.saving import file_name, prepare_folder, preview_name, save, save_again, save_data
 from safelight.runtime import hub, logs
 from safelight.runtime.errors import ConfigError, JobFailed, Overloaded, SafelightError, StartupError, WorkerLost
 from safelight.runtime.launch.devices import resolve_device
@@ -112,7 +113,7 @@ class _Run:
         spec = identify(root, args.backend, args.trust_remote_code)
         self._reporter.phase(f"backend: {FAMILIES[spec.family].backend} ({spec.reason})")
         check_layout(args, root)
-        jobs = check_jobs(spec, found, self._files)
+        jobs = check_jobs(spec, found, self._files, vae_path=args.vae_path)
         if self._kept:
             self._kept.match(_settings(spec, args), jobs)
         if not jobs:
@@ -181,8 +182,11 @@ class _Run:
             for name in running:
                 client.cancel(name, _CANCEL_S)
 
-    def _note(self, running: dict[str, Job], event: Event) -> None:
+    def _note(self, running: dict[str, Job], event: Event | Preview) -> None:
         job = running[event.job]
+        if isinstance(event, Preview):
+            self._save_preview(job, event)
+            return
         if event.progress:
             self._reporter.progress(job, event.progress)
         if event.status is None:
@@ -209,6 +213,15 @@ class _Run:
                 saved, frames = save(artifact, self._folder, name)
             paths += [saved, frames] if frames else [saved]
         return paths
+
+    def _save_preview(self, job: Job, preview: Preview) -> None:
+        """The job goes on if it cannot be saved."""
+        try:
+            path = save_data(preview.data, self._folder, preview_name(self._files, job.params, preview))
+        except JobFailed as error:
+            self._reporter.note(f"note: {error.message}")
+        else:
+            self._reporter.preview(job, preview, path)
 
     def _end(self, job: Job, error: SafelightError | None, paths: list[Path]) -> None:
         if self._kept and not isinstance(error, Overloaded | WorkerLost):  # which are not the job's own

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelight.configs.families import FAMILIES, ModelSpec, check_images
+from safelight.configs.families import FAMILIES, ModelSpec, check_images, check_previews
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.options import did_you_mean
 from safelight.configs.sampling_params import SamplingParams
@@ -67,19 +67,27 @@ def check_jobs(
     found: Sequence[tuple[str, SamplingParams]],
     files: GenerateArgs,
     images: tuple[Picture, ...] = (),
+    vae_path: str | None = None,
 ) -> list[Job]:
-    """Fills every unset parameter and checks all jobs; `images` are of each, unless it names its own by path.
+    """Fills every unset parameter and checks all jobs; `images` are of each, unless it names its own by path;
+    `vae_path`: of another VAE than the model's.
 
     Raises InvalidRequest or ConfigError naming line and flag.
     """
     return [
-        _at(where, lambda n=number, p=params: _check(spec, p, files, n, len(found), images))
+        _at(where, lambda n=number, p=params: _check(spec, p, files, vae_path, n, len(found), images))
         for number, (where, params) in enumerate(found, 1)
     ]
 
 
 def _check(
-    spec: ModelSpec, params: SamplingParams, files: GenerateArgs, number: int, total: int, images: tuple[Picture, ...]
+    spec: ModelSpec,
+    params: SamplingParams,
+    files: GenerateArgs,
+    vae_path: str | None,
+    number: int,
+    total: int,
+    images: tuple[Picture, ...],
 ) -> Job:
     family = FAMILIES[spec.family]
     check_images(spec, len(params.image_path or images))  # before they are read
@@ -90,6 +98,9 @@ def _check(
     if complete.seed is None:
         complete = dataclasses.replace(complete, seed=secrets.randbelow(_SEEDS))
     family.validate(spec, complete)
+    check_previews(spec, complete.previews, vae_path)
+    if complete.previews and not files.save_output:
+        raise ConfigError("--previews are files; drop --no-save-output, or --previews", param="previews")
     assert complete.num_frames is not None, "the family's defaults are complete"
     media = MediaSpec(MediaFormat(files.media_format(complete.num_frames)), files.output_quality, files.return_frames)
     return Job(number, total, complete, media, family.profile(spec, complete).chunk_bytes, images)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO
 import msgspec
 
 from safelight.entrypoints.jobs import Job
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import SafelightError
 from safelight.runtime.messages import Progress, Stage
 
@@ -74,6 +75,9 @@ class Reporter(Protocol):
     def progress(self, job: Job, progress: Progress) -> None:
         """A job went on."""
 
+    def preview(self, job: Job, preview: Preview, path: Path) -> None:
+        """A preview of a job is saved at `path`."""
+
     def note(self, text: str) -> None:
         """Something to know that is no error."""
 
@@ -99,6 +103,9 @@ class PlainReporter:
         print(text, file=self._log, flush=True)
 
     note = phase
+
+    def preview(self, job: Job, preview: Preview, path: Path) -> None:
+        self.note(f"{label(job)}: preview after step {preview.step}: {path}")
 
     def progress(self, job: Job, progress: Progress) -> None:
         speed, left = self._paces.setdefault(job.number, Pace(self._clock)).update(progress)
@@ -139,6 +146,9 @@ class JsonReporter:
 
     def note(self, text: str) -> None:
         self._say("note", text=text)
+
+    def preview(self, job: Job, preview: Preview, path: Path) -> None:
+        self._say("preview", number=job.number, index=preview.index, step=preview.step, path=str(path))
 
     def progress(self, job: Job, progress: Progress) -> None:
         speed, left = self._paces.setdefault(job.number, Pace()).update(progress)

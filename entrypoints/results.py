@@ -50,11 +50,11 @@ class Result:
 class RequestMaker:
     """Checks and completes requests for one model, whose server finds their pictures in `inputs`.
 
-    Raises ModelError when the model's tokenizer cannot be read.
+    `vae_path`: of another VAE than the model's. Raises ModelError when the model's tokenizer cannot be read.
     """
 
-    def __init__(self, spec: ModelSpec, inputs: InputStore) -> None:
-        self._spec, self._tokenizer, self._inputs = spec, load_tokenizer(spec), inputs
+    def __init__(self, spec: ModelSpec, inputs: InputStore, vae_path: str | None = None) -> None:
+        self._spec, self._tokenizer, self._inputs, self._vae = spec, load_tokenizer(spec), inputs, vae_path
 
     def make(
         self,
@@ -72,7 +72,7 @@ class RequestMaker:
             raise InvalidRequest("one of images and image_path expected, got both", param="images")
         if not wanted.image_path:
             check_images(self._spec, len(images), "images")
-        (job,) = check_jobs(self._spec, [("", wanted)], files, from_likes(images))
+        (job,) = check_jobs(self._spec, [("", wanted)], files, from_likes(images), self._vae)
         stored = tuple(self._inputs.add(picture) for picture in job.images)
         return request_of(self._tokenizer, job.params, job.media, stored)
 

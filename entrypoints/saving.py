@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import ConfigError, JobFailed
 from safelight.runtime.messages import Artifact
 
@@ -44,6 +45,27 @@ def file_name(files: GenerateArgs, params: SamplingParams, format_name: str, ind
         return f"{stem}-{index}{suffix}" if outputs > 1 else stem + suffix
     slug = re.sub(r"[^\w]+", "-", params.prompt.lower()).strip("-_")[:_SLUG_LENGTH].strip("-") or "untitled"
     return f"{slug}-{params.seed}" + (f"-{index}" if outputs > 1 else "") + extension
+
+
+def preview_name(files: GenerateArgs, params: SamplingParams, preview: Preview) -> str:
+    """The name of a preview: that of its output, with the step."""
+    stem, _ = os.path.splitext(file_name(files, params, "png", preview.index))
+    return f"{stem}-step-{preview.step}{_EXTENSIONS[preview.media_type.removeprefix('image/')]}"
+
+
+def save_data(data: bytes, folder: Path, name: str) -> Path:
+    """Writes a small file, whole or not at all; a taken name gets a number. Raises JobFailed."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".safelight-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o666 & ~_umask())
+            return _claim(Path(temporary), folder, name)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise JobFailed(f"{name} cannot be saved in {folder}: {error}") from error
 
 
 def save(artifact: Artifact, folder: Path, name: str) -> tuple[Path, Path | None]:

@@ -138,7 +138,7 @@ class _Serve:
             say(f"listening on {address}; the model is being loaded")
             if args.state_dir is None:
                 say("jobs and results are lost when the server stops; --state-dir FOLDER keeps them")
-            card = address_card.Card(server.endpoints, str(root), args.backend, args.trust_remote_code)
+            card = address_card.Card(server.endpoints, str(root), args.backend, args.trust_remote_code, args.vae_path)
             card_file = address_card.write(server.state_folder, card)
             say(f"Python clients: safelight.Client({str(card_file.parent)!r})")
             threading.Thread(target=_announce, args=(server, args.startup_timeout_s, address), daemon=True).start()
@@ -175,7 +175,9 @@ class _Serve:
     ) -> FrontendSpec:
         dit, vae = precisions(args, resolve_device(args.device, args.num_gpus))
         name = args.model_path or "builtin"
-        model = ServedModel(name, str(root), args.num_gpus, dit, vae, args.backend, args.trust_remote_code)
+        model = ServedModel(
+            name, str(root), args.num_gpus, dit, vae, args.backend, args.trust_remote_code, args.vae_path
+        )
         return FrontendSpec(
             ends, self._listening.fileno(), model, limits, self._keys, args.log_level,
             str(server.state_folder / INPUTS), self._http.allow_url_inputs,

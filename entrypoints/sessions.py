@@ -15,6 +15,7 @@ from safelight.configs.families import ModelSpec, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import address_card, client
 from safelight.entrypoints.model_path import find_root
+from safelight.entrypoints.previews import Preview
 from safelight.entrypoints.results import RequestMaker, Result
 from safelight.entrypoints.serve import MIN_PIXELS, frame_bytes
 from safelight.runtime.inputs import InputStore
@@ -32,10 +33,14 @@ class Job:
         self._wire, self.id = wire, job
         self._end: Event | None = None
 
-    def progress(self) -> Iterator[Progress]:
-        """What happens, up to the end; steps may be left out."""
+    def progress(self) -> Iterator[Progress | Preview]:
+        """What happens, up to the end; steps may be left out. Previews come if the job was submitted with `previews`:
+        so many of each output, as `preview.image`, fewer when one is lost."""
         if self._end is None:
             for event in self._wire.events(self.id):
+                if isinstance(event, Preview):
+                    yield event
+                    continue
                 if event.progress is not None:
                     yield event.progress
                 if event.status is not None:
@@ -58,8 +63,10 @@ class Job:
 class Session:
     """What Client and Engine share."""
 
-    def __init__(self, endpoints: Endpoints, spec: ModelSpec, inputs: InputStore, owner: str) -> None:
-        self._maker = RequestMaker(spec, inputs)
+    def __init__(
+        self, endpoints: Endpoints, spec: ModelSpec, inputs: InputStore, owner: str, vae_path: str | None = None
+    ) -> None:
+        self._maker = RequestMaker(spec, inputs, vae_path)
         self._wire = client.Client(endpoints, owner)
 
     def submit(
@@ -110,7 +117,7 @@ class Client(Session):
 
     def __init__(self, endpoint: str | Path, owner: str = "local") -> None:
         card, inputs = address_card.read(endpoint)
-        super().__init__(card.endpoints, card.spec, inputs, owner)
+        super().__init__(card.endpoints, card.spec, inputs, owner, card.vae_path)
 
 
 class Engine(Session):
@@ -126,7 +133,7 @@ class Engine(Session):
         self._server = Supervisor(settings, root, frame_bytes(spec, max_pixels)).start()
         try:
             self._server.wait_ready(settings.startup_timeout_s)
-            super().__init__(self._server.endpoints, spec, self._server.inputs, "local")
+            super().__init__(self._server.endpoints, spec, self._server.inputs, "local", settings.vae_path)
         except BaseException:
             self._server.stop()
             raise

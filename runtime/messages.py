@@ -6,9 +6,9 @@ One tagged union per link and direction; the link table:
     submit (ipc/tcp)         frontend DEALER -> scheduler ROUTER    ToScheduler   (replies: FromScheduler)
     plans                    scheduler ROUTER -> worker DEALER      ToWorker      (replies: FromWorker)
     decisions                scheduler ROUTER -> output DEALER      ToOutput      (replies: FromOutput)
-    chunks                   worker DEALER -> output ROUTER         ChunkReady
+    chunks                   worker DEALER -> output ROUTER         ToChunks
     join                     torchrun's rank DEALER -> supervisor   ToJoin        (replies: FromJoin)
-    events                   frontend DEALER -> output ROUTER       ToEvents      (replies: Event)
+    events                   frontend DEALER -> output ROUTER       ToEvents      (replies: FromEvents)
     control                  supervisor ROUTER -> the children      ToControlled  (replies: FromControlled)
 
 Tensors and media never travel in a message: they are extra ZMQ frames or slots in shared memory. Epochs: the scheduler
@@ -67,7 +67,8 @@ class GenerationRequest(Part):
 
     `token_ids` maps "prompt" and "negative" (and "<encoder>.prompt", ... for families with several tokenizers) to ids
     without padding; the frontend cleans and tokenizes, workers never see raw text of another tokenizer.
-    `seed` is always set (the frontend draws an unset one); output i uses seed + i.
+    `seed` is always set (the frontend draws an unset one); output i uses seed + i. `previews` small pictures are made
+    of each output while it is denoised.
     """
 
     prompt: str
@@ -87,6 +88,7 @@ class GenerationRequest(Part):
     true_cfg_scale: float | None = None  # None where the family has none
     cfg_normalization: float | None = None  # the same
     cfg_truncation: float | None = None
+    previews: int = 0
 
 
 class ErrorInfo(Part):
@@ -337,6 +339,19 @@ class Checkpoint(Wire):
     step: int
 
 
+class Preview(Wire):
+    """Make the `number`-th preview (from 0) of an output that has done `step` steps: PreviewReady follows to output.
+
+    A courtesy: what goes wrong with it is nobody's error, and nothing waits for it.
+    """
+
+    job: str
+    attempt: int
+    index: int
+    number: int
+    step: int
+
+
 class Release(Wire):
     """Free the state of one finished output; the job's conditioning stays for its other outputs."""
 
@@ -352,7 +367,7 @@ class Drop(Wire):
     attempt: int
 
 
-Op = Encode | Prepare | Denoise | Decode | Checkpoint | Release | Drop
+Op = Encode | Prepare | Denoise | Decode | Checkpoint | Preview | Release | Drop
 
 
 class Plan(Wire):
@@ -515,6 +530,29 @@ class ChunkReady(Wire):
     remote: bool = False
 
 
+class TensorRef(Part):
+    """Describes a tensor in C order that is the message's extra ZMQ frame."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    crc32: int
+
+
+class PreviewReady(Wire):
+    """A preview: uint8 (h, w, 3), one pixel for each place of the latents, as an extra frame. Takes no slot."""
+
+    job: str
+    attempt: int
+    index: int
+    number: int
+    step: int
+    pixels: TensorRef
+
+
+ToChunks = ChunkReady | PreviewReady
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # decisions: scheduler <-> output
 
@@ -660,6 +698,24 @@ class Event(Wire):
     status: Status | None = None
     artifacts: tuple[Artifact, ...] = ()
     error: ErrorInfo | None = None
+
+
+class PreviewMade(Wire):
+    """A preview, encoded, as an extra frame; in the order of `seq` with a job's Events, and one of them fewer if the
+    subscriber is slow. It comes at most once for each (index, number), in ascending order."""
+
+    job: str
+    seq: int
+    index: int
+    number: int
+    step: int
+    width: int
+    height: int
+    media_type: str
+    nbytes: int
+
+
+FromEvents = Event | PreviewMade
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -808,6 +864,7 @@ class ServedModel(Part):
     vae_precision: str
     backend: str = "auto"
     trust_remote_code: bool = False
+    vae_path: str | None = None  # of another VAE
 
 
 class FrontendSpec(Part):

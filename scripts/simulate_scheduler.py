@@ -251,7 +251,7 @@ class Simulation:
         self.later(sum(r.ms for r in results) / 1000, partial(self.finish, w, w.epoch, tuple(results)))
 
     def op_ms(self, op: m.Op) -> float:
-        if isinstance(op, m.Drop | m.Release | m.Checkpoint):
+        if isinstance(op, m.Drop | m.Release | m.Checkpoint | m.Preview):
             return 0.0
         job = op.units[0].job if isinstance(op, m.Denoise) else op.job
         kind = self.running[job][0] if job in self.running else CLASSES[0]

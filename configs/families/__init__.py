@@ -13,14 +13,27 @@ from safelight.configs.families.base import Capabilities, Family, ModelSpec, Var
 from safelight.configs.families.diffusers import FAMILY as ANY_OF_DIFFUSERS
 from safelight.configs.families.diffusers import check_class, identify_trusting
 from safelight.configs.families.flux import FAMILY as FLUX
+from safelight.configs.families.latent_rgb import FILE, factors_of
 from safelight.configs.families.qwen import FAMILY as QWEN
 from safelight.configs.families.wan import FAMILY as WAN
 from safelight.configs.families.zimage import FAMILY as ZIMAGE
+from safelight.configs.previews import MAX_PREVIEWS
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, FLUX, QWEN, ZIMAGE, ANY_OF_DIFFUSERS)}
 
-__all__ = ["FAMILIES", "Capabilities", "Family", "ModelSpec", "Variant", "check_images", "foresee", "identify"]
+__all__ = [
+    "FAMILIES",
+    "Capabilities",
+    "Family",
+    "ModelSpec",
+    "Variant",
+    "check_images",
+    "check_previews",
+    "foresee",
+    "identify",
+    "no_previews",
+]
 
 
 def identify(root: Path, backend: str = "auto", trust_remote_code: bool = False) -> ModelSpec:
@@ -94,6 +107,27 @@ def check_images(spec: ModelSpec, count: int, param: str = "image_path") -> None
             f"pictures with a request: {wanted} expected by {spec.variant} ({spec.task}), got {count}",
             param=param,
         )
+
+
+def no_previews(spec: ModelSpec, vae_path: str | None = None) -> str | None:
+    """Why a model makes no previews; None if it makes some. `vae_path`: of another VAE than its own.
+
+    Raises ModelError for a file of factors that is none.
+    """
+    if not FAMILIES[spec.family].capabilities.previews:
+        return f"{spec.variant} runs through diffusers, whose pipelines make no previews"
+    vae = Path(vae_path) if vae_path else spec.root / "vae"
+    if factors_of(vae) is None:
+        return f"{vae} is no VAE whose preview factors are known; scripts/fit_preview.py writes its {FILE}"
+    return None
+
+
+def check_previews(spec: ModelSpec, count: int, vae_path: str | None = None) -> None:
+    """Raises InvalidRequest when the model cannot make previews, or for too many."""
+    if count > MAX_PREVIEWS:
+        raise InvalidRequest(f"previews: at most {MAX_PREVIEWS} expected, got {count}", param="previews")
+    if count > 0 and (reason := no_previews(spec, vae_path)) is not None:
+        raise InvalidRequest(f"previews: {reason}", param="previews")
 
 
 def _through_diffusers(index: Mapping[str, Any], root: Path, trust_remote_code: bool, reason: str) -> ModelSpec:

@@ -74,6 +74,7 @@ class Capabilities:
     resumes: bool = True  # in the middle of its steps, from a checkpoint
     batches: bool = True  # states of several jobs share one forward
     spans_ranks: bool = True  # several ranks share one job
+    previews: bool = True  # small pictures of a job that is under way, if its VAE's factors are known
 
 
 @dataclass(frozen=True, slots=True)

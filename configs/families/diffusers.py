@@ -247,5 +247,5 @@ FAMILY = Family(
     validate=validate,
     profile=profile,
     backend="diffusers",
-    capabilities=Capabilities(resumes=False, batches=False, spans_ranks=False),
+    capabilities=Capabilities(resumes=False, batches=False, spans_ranks=False, previews=False),
 )

@@ -51,8 +51,8 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         chunk_frames=chunks,
         chunk_bytes=max(chunks) * height * width * 3,
         conditioning_bytes=text_bytes,
-        # UniPC holds the latents, two predictions and the sample before the last step
-        state_bytes=latent_bytes * (4 if params.sampler == "unipc" else 1),
+        # UniPC holds the latents, two predictions and the sample before the last step, Euler one prediction
+        state_bytes=latent_bytes * (4 if params.sampler == "unipc" else 2),
         encode_peak_bytes=text_bytes + branches * _encode_peak_bytes(spec.text_encoder),
         step_peak_bytes=branches * _forward_peak_bytes(spec.transformer, tokens) + 8 * latent_bytes,
         decode_peak_bytes=decode.peak_bytes + 2 * decode.cache_bytes,

@@ -22,10 +22,12 @@ from safelight.entrypoints.http.schemas import (
     ImageEvent,
     ImageRequest,
     ImagesReply,
+    PartialImage,
     TokenDetails,
     Usage,
 )
 from safelight.entrypoints.http.service import Service, Waiting, checked
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import InvalidRequest, JobFailed, NotFound, SafelightError
 from safelight.runtime.messages import Artifact, GenerationRequest
 
@@ -51,10 +53,8 @@ async def _answer(request: Request, body: ImageRequest, brought: Brought, warnin
     service: Service = request.app.state.service
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images needs stream: true", param="partial_images")
-    if body.partial_images:
-        warnings.append("partial_images: no previews are made yet; the completed picture is the only event")
     waiting = await service.submit(request, body, brought)
-    headers = bodies.warning_header(warnings)
+    headers = bodies.warning_header(warnings + service.translator.warnings(body))
     if body.stream:
         return replies.events(_stream(service, waiting, body), headers)
     async with service.attached(waiting):
@@ -88,11 +88,25 @@ async def _stream(service: Service, waiting: Waiting, body: ImageRequest) -> Asy
     async with service.attached(waiting):
         try:
             async for event in service.client.events(waiting.job, waiting.owner):
-                if event.status is not None:
+                if isinstance(event, Preview):
+                    yield replies.event("image_generation.partial_image", _partial(event, body))
+                elif event.status is not None:
                     for artifact in checked(event).artifacts:
                         yield replies.event(body.completed, await _completed(service, waiting, body, artifact))
         except SafelightError as error:
             yield replies.error_event(error)
+
+
+def _partial(preview: Preview, body: ImageRequest) -> PartialImage:
+    return PartialImage(
+        b64_json=base64.b64encode(preview.data).decode(),
+        partial_image_index=preview.number,
+        created_at=int(time.time()),
+        output_format=body.output_format,
+        size=f"{preview.width}x{preview.height}",
+        index=preview.index,
+        step=preview.step,
+    )
 
 
 async def _completed(service: Service, waiting: Waiting, body: ImageRequest, artifact: Artifact) -> ImageEvent:

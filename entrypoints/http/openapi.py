@@ -91,7 +91,8 @@ def _reply(description: str, media: Mapping[str, type[msgspec.Struct] | None]) -
 
 def _raw(media: str) -> dict[str, Any]:
     if media == SSE:
-        return {}  # OpenAPI 3.1 has no schema for events; theirs are ImageEvent, VideoProgress and Video
+        # OpenAPI 3.1 has no schema for events: PartialImage, ImageEvent; VideoProgress, VideoPreview, Video
+        return {}
     return {"schema": {"type": "string"} if media == TEXT else {"type": "string", "format": "binary"}}
 
 

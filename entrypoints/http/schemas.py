@@ -11,6 +11,8 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from safelight.configs.previews import MAX_PREVIEWS
+
 MAX_SEED = 2**62
 Prompt = Annotated[str, Meta(min_length=1, max_length=20_000, description="what to make")]
 Size = Annotated[
@@ -54,7 +56,7 @@ class ImageRequest(msgspec.Struct, kw_only=True, frozen=True):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Meta(ge=0, le=100, description="quality of JPEG and WebP")] | None = None
     stream: bool = False
-    partial_images: Annotated[int, Meta(ge=0, le=3, description="taken, but no previews are made yet")] = 0
+    partial_images: Annotated[int, Meta(ge=0, le=3, description="previews of a streamed picture")] = 0
     seed: Seed | None = None
     negative_prompt: Annotated[str, Meta(max_length=20_000)] | None = None
     num_inference_steps: Steps | None = None
@@ -110,6 +112,7 @@ class VideoRequest(msgspec.Struct, kw_only=True, frozen=True):
     output_format: Literal["mp4", "webp"] = "mp4"
     output_compression: Annotated[int, Meta(ge=0, le=100, description="quality of WebP")] | None = None
     input_reference: Pictures | None = None
+    partial_images: Annotated[int, Meta(ge=0, le=MAX_PREVIEWS, description="previews among the video's events")] = 0
 
 
 # Fields of OpenAI's (and SGLang Diffusion's) requests without a meaning here: taken, and not warned of.
@@ -178,6 +181,22 @@ class ImageEvent(_Reply, frozen=True, kw_only=True):
     usage: Usage
 
 
+class PartialImage(_Reply, frozen=True, kw_only=True):
+    """The event of a preview of a streamed picture: the `partial_image_index`-th (from 0) of picture `index`, after
+    `step` steps. `size` is that of the preview."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    index: int
+    step: int
+
+
 class VideoError(_Reply, frozen=True, kw_only=True):
     code: str
     message: str
@@ -225,6 +244,18 @@ class VideoProgress(_Reply, frozen=True, kw_only=True):
     steps: int
     position: int
     eta_ms: float | None
+
+
+class VideoPreview(_Reply, frozen=True, kw_only=True):
+    """An event of GET /v1/videos/{id}/events: the middle frame after `step` steps."""
+
+    id: str
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+    step: int
 
 
 class Model(_Reply, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safelight.configs.families import FAMILIES, check_images, identify
+from safelight.configs.families import FAMILIES, check_images, identify, no_previews
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.http.pictures import Brought, Intake
 from safelight.entrypoints.http.schemas import ImageEditRequest, ImageRequest, VideoRequest
@@ -38,6 +38,7 @@ class Translator:
     def __init__(self, model: ServedModel, limits: RequestLimits) -> None:
         self.model = model
         self.spec = identify(Path(model.root), model.backend, model.trust_remote_code)
+        self.no_previews = no_previews(self.spec, model.vae_path)  # why the model makes none
         self._limits = limits
         self._family = FAMILIES[self.spec.family]
         self._tokenizer = load_tokenizer(self.spec)
@@ -51,6 +52,12 @@ class Translator:
     def names(self) -> tuple[str, ...]:
         """What the served model may be called; the first is its id."""
         return tuple(dict.fromkeys((self.model.id, self.spec.variant, Path(self.model.root).name)))
+
+    def warnings(self, body: ImageRequest | VideoRequest) -> list[str]:
+        """What the client should know of a body that is taken."""
+        if not body.partial_images or self.no_previews is None:
+            return []
+        return [f"partial_images: only the finished result will come: {self.no_previews}"]
 
     async def image(self, body: ImageRequest, seed: int | None, brought: Brought, intake: Intake) -> GenerationRequest:
         """`seed` is taken when the body has none; drawn when that is None too. The pictures are taken last.
@@ -89,6 +96,7 @@ class Translator:
             cfg_truncation=body.cfg_truncation,
             sampler=body.sampler,
             seed=body.seed if body.seed is not None else seed,
+            previews=body.partial_images if self.no_previews is None else 0,
             **more,
         )
         params = given.merged_over(self.spec.defaults)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import re
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Mapping
+from types import MappingProxyType
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
@@ -17,16 +22,21 @@ from safelight.entrypoints.http.schemas import (
     VideoDeleted,
     VideoError,
     VideoList,
+    VideoPreview,
     VideoProgress,
     VideoRequest,
 )
 from safelight.entrypoints.http.service import Service
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import InvalidRequest, NotFound, SafelightError
 from safelight.runtime.messages import Event, JobInfo, JobState, ListJobs, Stage, Status
 
 ORIGIN = "videos"
+OUTPUT_FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = MappingProxyType(
+    {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+)
 MAX_LIST = 100
-_POLL_MS = (100, 5_000)
+_POLL_MS = (100, 15_000)  # however far the end is: it may come sooner than predicted
 _ID = re.compile(r"[0-9A-Za-z]{26}")
 
 
@@ -34,6 +44,7 @@ async def create_video(request: Request) -> Response:
     """POST /v1/videos: answers at once with the queued video."""
     service: Service = request.app.state.service
     body, files, warnings = await bodies.read_with_files(request, VideoRequest)
+    warnings += service.translator.warnings(body)
     waiting = await service.submit(request, body, Brought("input_reference", files, urls_of(body.input_reference)))
     state = await service.client.job(waiting.job, waiting.owner)
     return _reply(service, state, bodies.warning_header(warnings))
@@ -85,7 +96,8 @@ async def video_content(request: Request) -> Response:
 
 
 async def video_events(request: Request) -> Response:
-    """GET /v1/videos/{id}/events: every step as it happens; the last event is the video."""
+    """GET /v1/videos/{id}/events: every step as it happens, and the previews that were asked for; the last event is
+    the video."""
     service: Service = request.app.state.service
     state = await _state(request)
     return replies.events(_events(service, state.job, request.state.owner))
@@ -94,13 +106,27 @@ async def video_events(request: Request) -> Response:
 async def _events(service: Service, job: str, owner: str) -> AsyncGenerator[bytes]:
     try:
         async for event in service.client.events(job, owner):
-            if event.status is not None:
+            if isinstance(event, Preview):
+                yield replies.event("video.partial_image", _preview(event))
+            elif event.status is not None:
                 state = await service.client.job(job, owner)
                 yield replies.event(f"video.{_status(state)}", _video(service, state))
             elif event.progress is not None:
                 yield replies.event("video.progress", _progress(event))
     except SafelightError as error:
         yield replies.error_event(error)
+
+
+def _preview(preview: Preview) -> VideoPreview:
+    return VideoPreview(
+        id=preview.job,
+        b64_json=base64.b64encode(preview.data).decode(),
+        partial_image_index=preview.number,
+        created_at=int(time.time()),
+        output_format=OUTPUT_FORMATS[preview.media_type],
+        size=f"{preview.width}x{preview.height}",
+        step=preview.step,
+    )
 
 
 def _progress(event: Event) -> VideoProgress:
@@ -132,12 +158,12 @@ def _parameter(request: Request, name: str, default: str) -> str:
 
 
 def _reply(service: Service, state: JobState, headers: dict[str, str] | None = None) -> Response:
-    """A video, with the time until it is worth asking again."""
+    """A video, with its predicted time left: when it is worth asking again."""
     video = _video(service, state)
     headers = headers or {}
     if video.status in ("queued", "in_progress"):
         eta = state.eta_ms if state.eta_ms is not None else 1000.0
-        headers = {**headers, "openai-poll-after-ms": str(round(min(_POLL_MS[1], max(_POLL_MS[0], eta / 2))))}
+        headers = {**headers, "openai-poll-after-ms": str(math.ceil(min(_POLL_MS[1], max(_POLL_MS[0], eta))))}
     return replies.json(video, headers=headers)
 
 

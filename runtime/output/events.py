@@ -3,18 +3,24 @@
 Delivery is by level, not by edge: a stream keeps its newest event only, a subscription remembers the sequence number
 it saw last, and whatever is newer is due. A slow subscriber thus skips progress and never a terminal; a new one starts
 with the snapshot. A subscription ends with the terminal, with Unsubscribe, or when its peer is gone.
+
+Of previews a stream keeps the last few until its terminal: subscribers get those that they have not seen, in order.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from safelight.runtime.messages import Event, Progress, Publish, Stage, Subscribe, Unsubscribe
+import msgspec
+
+from safelight.runtime.messages import Event, PreviewMade, Progress, Publish, Stage, Subscribe, Unsubscribe
 
 MAX_TERMINALS = 10_000
 MAX_SUBSCRIBED_JOBS = 100_000
+KEPT_PREVIEWS = 4  # of a job, for subscribers that come late or are slow
 NOTHING_SEEN = -2
 UNKNOWN = -1  # the sequence number of "no such job"
 
@@ -25,13 +31,27 @@ class Delivery(enum.Enum):
     GONE = enum.auto()  # the peer does not exist any more
 
 
-Send = Callable[[bytes, Event], Delivery]
+class Send(Protocol):
+    """Sends to a peer; `data` is a preview's picture."""
+
+    def __call__(self, peer: bytes, event: Event | PreviewMade, data: bytes = b"") -> Delivery: ...
 
 
 @dataclass(slots=True)
 class _Stream:
     owner: str | None  # None: published before it was opened (both come again after a restart), seen by nobody yet
     latest: Event
+    seq: int = 0
+    previews: deque[tuple[PreviewMade, bytes]] = field(default_factory=lambda: deque(maxlen=KEPT_PREVIEWS))
+    shown: tuple[int, int] = (-1, -1)  # (output, number) of the last preview
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The sequence numbers of the last event and of the last preview that a subscriber was sent."""
+
+    event: int
+    preview: int
 
 
 class EventStreams:
@@ -41,7 +61,7 @@ class EventStreams:
         self.blocked: set[str] = set()
         self._streams: dict[str, _Stream] = {}
         self._terminals: dict[str, None] = {}  # oldest use first
-        self._subscribers: dict[str, dict[tuple[bytes, str], int]] = {}  # job -> (peer, owner) -> seq seen
+        self._subscribers: dict[str, dict[tuple[bytes, str], _Seen]] = {}  # job -> (peer, owner)
         self._max_terminals = max_terminals
         self._max_subscribed_jobs = max_subscribed_jobs
 
@@ -57,7 +77,18 @@ class EventStreams:
         """Ignored for unknown and ended jobs."""
         stream = self._streams.get(progress.job)
         if stream is not None and stream.latest.status is None:
-            stream.latest = Event(progress.job, stream.latest.seq + 1, progress=progress)
+            stream.seq += 1
+            stream.latest = Event(progress.job, stream.seq, progress=progress)
+
+    def preview(self, preview: PreviewMade, data: bytes) -> None:
+        """Numbers a preview. Ignored for unknown and ended jobs, and when it is no news: a later attempt makes the
+        same pictures again."""
+        stream, place = self._streams.get(preview.job), (preview.index, preview.number)
+        if stream is None or stream.latest.status is not None or place <= stream.shown:
+            return
+        stream.seq += 1
+        stream.shown = place
+        stream.previews.append((msgspec.structs.replace(preview, seq=stream.seq), data))
 
     def publish(self, terminal: Publish) -> None:
         """Ends the stream; the first terminal wins."""
@@ -65,9 +96,11 @@ class EventStreams:
         stream = self._streams.setdefault(job, _Stream(None, Event(job, 0)))
         if stream.latest.status is not None:
             return
+        stream.seq += 1
+        stream.previews.clear()
         stream.latest = Event(
             job,
-            stream.latest.seq + 1,
+            stream.seq,
             status=terminal.status,
             artifacts=terminal.artifacts,
             error=terminal.error,
@@ -78,12 +111,15 @@ class EventStreams:
             del self._terminals[oldest], self._streams[oldest]
 
     def subscribe(self, peer: bytes, request: Subscribe) -> None:
-        """The snapshot is due at once, unless it is progress that the peer has seen (`after_seq`)."""
+        """The snapshot is due at once, unless it is progress that the peer has seen (`after_seq`); previews that it was
+        sent do not come again."""
         latest = self._visible(request.job, request.owner)
         seen = request.after_seq
         if seen > latest.seq or seen < 0 or latest.status is not None:  # also a number of an earlier instance
             seen = NOTHING_SEEN
-        self._subscribers.setdefault(request.job, {})[(peer, request.owner)] = seen
+        subscriptions = self._subscribers.setdefault(request.job, {})
+        before = subscriptions.get((peer, request.owner))
+        subscriptions[(peer, request.owner)] = _Seen(seen, max(seen, before.preview if before else NOTHING_SEEN))
         if request.job in self._terminals:
             self._terminals[request.job] = self._terminals.pop(request.job)
         if len(self._subscribers) > self._max_subscribed_jobs:
@@ -97,20 +133,30 @@ class EventStreams:
         self.blocked.discard(job)
         gone = set()
         for (peer, owner), seen in list(self._subscribers.get(job, {}).items()):
-            latest = self._visible(job, owner)
-            if latest.seq <= seen:
-                continue
-            match send(peer, latest):
+            match self._catch_up(job, peer, owner, seen, send):
                 case Delivery.BUSY:
                     self.blocked.add(job)
                 case Delivery.GONE:
                     gone.add(peer)
-                case Delivery.SENT if latest.status is not None:
+                case Delivery.SENT if self._visible(job, owner).status is not None:
                     self._remove(job, (peer, owner))
-                case Delivery.SENT:
-                    self._subscribers[job][(peer, owner)] = latest.seq
         if gone:
             self._forget(gone)
+
+    def _catch_up(self, job: str, peer: bytes, owner: str, seen: _Seen, send: Send) -> Delivery:
+        """Sends a subscriber what it has not seen, up to the first that cannot be sent."""
+        stream, latest = self._streams.get(job), self._visible(job, owner)
+        due: list[tuple[Event | PreviewMade, bytes]] = [(latest, b"")] if latest.seq > seen.event else []
+        if stream is not None and stream.owner == owner:
+            due += [(made, data) for made, data in stream.previews if made.seq > seen.preview]
+        for event, data in sorted(due, key=lambda item: item[0].seq):
+            if (delivery := send(peer, event, data)) is not Delivery.SENT:
+                return delivery
+            if isinstance(event, Event):
+                seen.event = event.seq
+            else:
+                seen.preview = event.seq
+        return Delivery.SENT
 
     def _visible(self, job: str, owner: str) -> Event:
         """The newest event as this owner sees it: another owner's job looks unknown."""

@@ -27,16 +27,20 @@ from safelight.runtime.messages import (
     OutputReady,
     OutputReset,
     OutputSpec,
+    PreviewMade,
+    PreviewReady,
     Progress,
     Publish,
     Shutdown,
     Subscribe,
+    ToChunks,
     ToControlled,
     ToEvents,
     ToOutput,
 )
 from safelight.runtime.output.artifacts import ArtifactStore
 from safelight.runtime.output.events import Delivery, EventStreams
+from safelight.runtime.output.previews import Previews
 from safelight.runtime.output.takes import Takes
 from safelight.runtime.slots import MappedPool
 
@@ -66,7 +70,7 @@ class Output:
         keys = curve.server_keys(Path(spec.keys)) if spec.keys else None
         if keys is not None:
             stack.enter_context(curve.Gatekeeper(context, keys.allowed))
-        self._chunks = stack.enter_context(transport.bind_router(context, ends.chunks, ChunkReady, keys))
+        self._chunks = stack.enter_context(transport.bind_router(context, ends.chunks, ToChunks, keys))
         self._subscribers = stack.enter_context(transport.bind_router(context, ends.events, ToEvents))
         self._decisions = stack.enter_context(transport.connect_dealer(context, ends.decisions, ToOutput, identity))
         self._control = stack.enter_context(transport.connect_dealer(context, ends.control, ToControlled, identity))
@@ -75,6 +79,7 @@ class Output:
         pool = ThreadPoolExecutor(spec.encode_threads, thread_name_prefix="encode")
         self._takes = Takes(slots, store, pool, self._tell, lambda: os.eventfd_write(self._wake, 1))
         stack.callback(self._takes.close)
+        self._previews = Previews(pool, lambda: os.eventfd_write(self._wake, 1))
         self._streams = EventStreams()
         self._instance = uuid.uuid4().hex
         self._stop: Shutdown | None = None
@@ -97,6 +102,7 @@ class Output:
                 os.eventfd_read(self._wake)
             self._receive()
             self._takes.collect()
+            self._send_previews()
             for job in list(self._streams.blocked):
                 self._streams.deliver(job, self._send_event)
         log.info("output stops: %s", self._stop.reason)
@@ -105,7 +111,10 @@ class Output:
         for decision in self._decisions.receive_all():
             self._decide(decision.message)
         for chunk in self._chunks.receive_all(limit=100):
-            self._takes.chunk(chunk.message, chunk.frames)
+            if isinstance(chunk.message, ChunkReady):
+                self._takes.chunk(chunk.message, chunk.frames)
+            else:
+                self._add_preview(chunk.message, chunk.frames)
         for request in self._subscribers.receive_all():
             if isinstance(request.message, Subscribe):
                 self._streams.subscribe(request.identity, request.message)
@@ -141,6 +150,21 @@ class Output:
         if isinstance(decision, OpenJob | Progress | Publish):
             self._streams.deliver(decision.job, self._send_event)
 
+    def _add_preview(self, preview: PreviewReady, frames: tuple[memoryview, ...]) -> None:
+        job = self._takes.takes_preview(preview.job, preview.attempt)
+        if job is None:
+            return
+        try:
+            self._previews.add(preview, frames, job)
+        except ProtocolError as error:
+            log.error("job %s: %s", preview.job, error)
+
+    def _send_previews(self) -> None:
+        for attempt, preview, data in self._previews.collect():
+            if self._takes.takes_preview(preview.job, attempt) is not None:
+                self._streams.preview(preview, data)
+                self._streams.deliver(preview.job, self._send_event)
+
     def _publish(self, terminal: Publish) -> None:
         try:
             self._takes.publish(terminal.job, terminal.artifacts)
@@ -163,9 +187,9 @@ class Output:
         except transport.PeerUnreachable as error:
             log.warning("dropped %s: %s", type(message).__name__, error)
 
-    def _send_event(self, peer: bytes, event: Event) -> Delivery:
+    def _send_event(self, peer: bytes, event: Event | PreviewMade, data: bytes = b"") -> Delivery:
         try:
-            self._subscribers.send(event, peer)
+            self._subscribers.send(event, peer, (data,) if data else ())
         except transport.PeerBusy:
             return Delivery.BUSY
         except transport.PeerUnreachable:

@@ -164,6 +164,11 @@ class Takes:
             self._send(self._reset)
             self._reset = None
 
+    def takes_preview(self, job_id: str, attempt: int) -> OpenJob | None:
+        """The job, if a preview of that attempt is news."""
+        job = self._jobs.get(job_id)
+        return job.opened if job is not None and attempt >= job.oldest else None
+
     # ---- chunks
 
     def chunk(self, message: ChunkReady, frames: tuple[memoryview, ...] = ()) -> None:

@@ -21,12 +21,14 @@ class SamplerState:
     """Everything a sampler remembers between steps; the sampler object itself is stateless.
 
     `model_outputs` are the converted predictions of earlier steps, newest last (UniPC: up to its order), `last_sample`
-    the sample before the latest predictor step, `order` the order that the latest step used.
+    the sample before the latest predictor step, `order` the order that the latest step used. `velocity` is the latest
+    prediction, of samplers that keep no model outputs; it serves previews alone and is not saved.
     """
 
     model_outputs: tuple[torch.Tensor, ...] = ()
     last_sample: torch.Tensor | None = None
     order: int = 0
+    velocity: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,11 @@ class Pipeline(Protocol):
 
     def decode(self, state: DenoiseState, cursor: Any | None) -> tuple[FrameChunk, Any | None]:
         """The next chunk of frames of a finished state; a None cursor starts, a None cursor returned ends."""
+
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """What the picture will be, as far as can be told after the latest step: uint8 (h, w, 3) on the device, one
+        pixel for each place of the latents; None if it cannot be told. Cheap; waits for nothing. See pipelines.preview.
+        """
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         """The versioned tensor form of a state (for safetensors): tensors on the CPU, scalars as tensors."""

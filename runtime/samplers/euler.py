@@ -17,7 +17,7 @@ Table = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Euler:
-    """First order, no memory."""
+    """First order; remembers the latest prediction, for previews only."""
 
     config: FlowConfig
 
@@ -42,8 +42,8 @@ class Euler:
     def step(
         self, sigmas: Sequence[float], index: int, sample: torch.Tensor, velocity: torch.Tensor, state: SamplerState
     ) -> tuple[torch.Tensor, SamplerState]:
-        """x' = x + (sigma' - sigma) * v; the state stays empty."""
-        return sample + (sigmas[index + 1] - sigmas[index]) * velocity, state
+        """x' = x + (sigma' - sigma) * v."""
+        return sample + (sigmas[index + 1] - sigmas[index]) * velocity, SamplerState(velocity=velocity)
 
 
 def _shifted(table: Table, shift: float) -> Table:

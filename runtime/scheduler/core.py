@@ -99,6 +99,7 @@ class SchedulerCore:
             for group in list(s.awaiting):
                 fleet.release_awaiting(s, group)
         s.admit_due = True
+        submissions.tell_positions(s)
 
     def _drain(self) -> None:
         s = self.state

@@ -77,6 +77,7 @@ def _resume(s: State) -> None:
     for job in s.jobs.values():
         if job.accepted:
             s.to_output(job.opening)
+            job.told_position = -1
         if job.run is not None and job.run.take_open and job.run.planned.index not in job.artifacts:
             _decode_again(s, job.run)
 

@@ -90,6 +90,7 @@ class Job:
     attempt: int = -1  # the latest; -1 before the first
     run: Run | None = None
     queued_ms: float = 0.0  # predicted work while it waits
+    told_position: int = -1  # in the queue, as output was told
     requeued: bool = False  # it ran before: goes to the front of the queue
     suspect_until: int | None = None  # progress it has to pass alone
     alone_deaths: int = 0

@@ -22,10 +22,27 @@ def remaining_ms(s: State, job: Job) -> float:
     return placement.work_ms(s, job, job.run.group if job.run else None)
 
 
+def running_ms(s: State) -> float:
+    """Predicted work that is left of what is in the groups."""
+    return sum(remaining_ms(s, r.job) for g in s.groups.values() for r in g.residents.values())
+
+
 def backlog_ms(s: State) -> float:
     """Predicted work of everything accepted."""
-    running = sum(remaining_ms(s, r.job) for g in s.groups.values() for r in g.residents.values())
-    return running + s.queue.work_ms + sum(j.queued_ms for j in s.suspects)
+    return running_ms(s) + s.queue.work_ms + sum(j.queued_ms for j in s.suspects)
+
+
+def eta_ms(s: State, job: Job) -> float:
+    """Predicted time until the end: the job's own work where it runs; before that, also what was accepted earlier."""
+    if job.run is not None:
+        return remaining_ms(s, job)
+    before = sum(j.queued_ms for j in s.jobs.values() if j.run is None and j.seq < job.seq)
+    return shared_ms(s, running_ms(s) + before) + remaining_ms(s, job)
+
+
+def shared_ms(s: State, work_ms: float) -> float:
+    """How long all groups together take for some work."""
+    return work_ms / max(1, sum(g.alive for g in s.groups.values()))
 
 
 def run_view(s: State, run: Run) -> JobView:

@@ -47,8 +47,7 @@ def _living(s: State, job: Job) -> m.JobState:
     whole = Cursor(job.profile.outputs, Stage.ENCODE).progress(job.profile)
     stage = WIRE_STAGE[at.stage] if job.run is not None else m.Stage.QUEUED
     ahead = 0 if job.run is not None else sum(other.run is None and other.seq < job.seq for other in s.jobs.values())
-    groups = max(1, sum(g.alive for g in s.groups.values()))
-    eta = lifecycle.remaining_ms(s, job) if job.run is not None else lifecycle.backlog_ms(s) / groups
+    eta = lifecycle.eta_ms(s, job)
     artifacts = tuple(job.artifacts[i] for i in sorted(job.artifacts))
     progress = min(0.99, at.progress(job.profile) / whole)
     return m.JobState(job.id, stage, None, artifacts, None, job.info, progress, ahead, eta)

@@ -7,6 +7,7 @@ op failed, the later ops of its job come back as errors of an attempt that was d
 
 from __future__ import annotations
 
+from safelight.configs.previews import preview_steps
 from safelight.runtime import messages as m
 from safelight.runtime.scheduler import checkpoints, lifecycle
 from safelight.runtime.scheduler.jobs import Run, Stage
@@ -28,6 +29,7 @@ def plan(s: State, g: Group) -> None:
             ops.append(op)
             if (checkpoint := _checkpoint_after(s, op)) is not None:
                 ops.append(checkpoint)
+            ops += _previews_after(s, op)
         if not ops:
             return
         sent = m.Plan(s.epoch, g.id, g.epoch, g.next_number, tuple(ops))
@@ -99,6 +101,20 @@ def _checkpoint_after(s: State, op: m.Op) -> m.Checkpoint | None:
     return m.Checkpoint(unit.job, unit.attempt, unit.index, unit.step + 1) if due else None
 
 
+def _previews_after(s: State, op: m.Op) -> list[m.Preview]:
+    """The previews that are due when a step is done. They cost next to nothing, and no slot; without an output process
+    that would send them on, none are made."""
+    if not isinstance(op, m.Denoise) or not s.output.ready:
+        return []
+    due = []
+    for unit in op.units:
+        job = s.jobs[unit.job]
+        steps = preview_steps(job.request.previews, job.profile.steps) if job.request.previews > 0 else ()
+        if unit.step + 1 in steps:
+            due.append(m.Preview(unit.job, unit.attempt, unit.index, steps.index(unit.step + 1), unit.step + 1))
+    return due
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Acknowledgements
 
@@ -147,8 +163,8 @@ def _settle_op(s: State, g: Group, op: m.Op, results: tuple[m.OpResult, ...]) ->
     run = run_of(g, op)
     if run is None:
         return
-    if isinstance(op, m.Checkpoint):
-        return  # CheckpointCommitted or CheckpointFailed says what became of it
+    if isinstance(op, m.Checkpoint | m.Preview):
+        return  # CheckpointCommitted or CheckpointFailed says what became of the one, nobody waits for the other
     error = next((r.error for r in results if r.error is not None), None)
     if error is not None:
         lifecycle.end(s, run.job, m.Status.FAILED, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import partial
+from itertools import islice
 
 import msgspec
 
@@ -16,6 +17,7 @@ from safelight.runtime.scheduler.records import SubmitRecord
 from safelight.runtime.scheduler.state import State
 
 LEASE_S = 10.0
+POSITIONS_TOLD = 100  # of the queue; those behind are told when they come so far
 MAX_RETRY_AFTER_S = 110.0  # the OpenAI SDK gives up above 120
 
 
@@ -109,15 +111,27 @@ def _submit_again(s: State, identity: bytes, message: m.Submit, body: bytes, kno
 def _accepted(s: State, job: Job) -> None:
     job.accepted = True
     position = waiting(s) - 1
-    predicted = lifecycle.backlog_ms(s) / max(1, sum(g.alive for g in s.groups.values()))
-    predicted += lifecycle.remaining_ms(s, job)
+    predicted = lifecycle.shared_ms(s, lifecycle.backlog_ms(s)) + lifecycle.remaining_ms(s, job)
     for identity, existing in job.submitters:
         s.to_client(identity, m.Accepted(job.id, existing, position, predicted))
     job.submitters.clear()
     s.to_output(job.opening)
     if job.terminal is None:
+        job.told_position = position
         s.to_output(m.Progress(job.id, m.Stage.QUEUED, position=position, eta_ms=predicted))
         lifecycle.enqueue(s, job)
+
+
+def tell_positions(s: State) -> None:
+    """The first in the queue are told when they moved."""
+    queued = (job for job in s.jobs.values() if job.run is None and job.accepted and job.terminal is None)
+    before = lifecycle.running_ms(s)
+    for position, job in enumerate(islice(queued, POSITIONS_TOLD)):
+        if position != job.told_position:
+            job.told_position = position
+            eta = lifecycle.shared_ms(s, before) + lifecycle.remaining_ms(s, job)
+            s.to_output(m.Progress(job.id, m.Stage.QUEUED, position=position, eta_ms=eta))
+        before += job.queued_ms
 
 
 def waiting(s: State) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
 from safelight.runtime.errors import SafelightError
-from safelight.runtime.messages import ChunkReady, PlanDone, WorkerSpec
+from safelight.runtime.messages import ChunkReady, PlanDone, PreviewReady, TensorRef, WorkerSpec
 from safelight.runtime.slots import ChunkId, MappedPool
-from safelight.runtime.worker.executor import Launched, PendingChunk, result_of
+from safelight.runtime.worker.executor import Launched, PendingChunk, PendingPreview, result_of
 from safelight.runtime.worker.link import Link
 from safelight.runtime.worker.memory import peak_bytes
 
@@ -30,6 +31,7 @@ class Completer:
         self._fatal = fatal
         self._slots = MappedPool(spec.slots) if spec.slots else None
         self._launched: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
+        self._previews: deque[PendingPreview] = deque()  # a copy that is late waits for the next plan, not that for it
         self._thread = threading.Thread(target=self._run, name="completer", daemon=True)
         self._thread.start()
 
@@ -68,6 +70,17 @@ class Completer:
                 peak_bytes=peak_bytes(self._device, self._weights_bytes),
             )
         )
+        self._previews += [op.preview for op in launched.ops if op.preview]
+        self._send_previews()
+
+    def _send_previews(self) -> None:
+        """Those that are on the host, in order."""
+        while self._previews and ((copied := self._previews[0].copied) is None or _passed(copied)):
+            preview = self._previews.popleft()
+            op, pixels = preview.op, preview.pixels.numpy()
+            part = pixels.data.cast("B")
+            ref = TensorRef(pixels.shape, str(pixels.dtype), pixels.nbytes, zlib.crc32(part))
+            self._link.send_preview(PreviewReady(op.job, op.attempt, op.index, op.number, op.step, ref), part)
 
     def _hand_over(self, chunk: PendingChunk) -> None:
         if chunk.copied:
@@ -98,3 +111,7 @@ class Completer:
             ),
             parts,
         )
+
+
+def _passed(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from safelight.runtime.messages import (
     OpResult,
     Plan,
     Prepare,
+    Preview,
     Release,
     WorkerSpec,
 )
@@ -36,6 +38,7 @@ from safelight.runtime.worker.checkpoint import CheckpointWriter, SaveTask, read
 
 # What a pipeline may raise for one job: a wrong shape, no memory, a broken checkpoint. Anything else is a bug of ours.
 JOB_ERRORS = (SafelightError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,6 +62,15 @@ class PendingChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class PendingPreview:
+    """A preview on its way to the host: `pixels` (h, w, 3) uint8, complete when `copied` has passed."""
+
+    op: Preview
+    pixels: torch.Tensor
+    copied: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchedOp:
     """An op whose work is queued on the device (finished already on a CPU)."""
 
@@ -66,6 +78,7 @@ class LaunchedOp:
     ms: float
     span: tuple[torch.cuda.Event, torch.cuda.Event] | None
     chunk: PendingChunk | None
+    preview: PendingPreview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +122,9 @@ class Executor:
         begin = self._event()
         started = time.perf_counter()
         error: ErrorInfo | None = None
-        chunk: PendingChunk | None = None
+        made: PendingChunk | PendingPreview | None = None
         try:
-            chunk = self._run(op)
+            made = self._run(op)
         except JOB_ERRORS as failure:
             alone = self._spec.world_size == 1 or _precedes_collectives(op, failure)
             if not alone or (self._cuda and isinstance(failure, torch.AcceleratorError)):
@@ -119,7 +132,10 @@ class Executor:
             error = error_info(failure)
         end = self._event()
         ms = (time.perf_counter() - started) * 1000
-        return LaunchedOp(error, ms, (begin, end) if begin and end else None, chunk)
+        span = (begin, end) if begin and end else None
+        if isinstance(made, PendingPreview):
+            return LaunchedOp(error, ms, span, None, made)
+        return LaunchedOp(error, ms, span, made)
 
     def _event(self) -> torch.cuda.Event | None:
         if not self._cuda:
@@ -128,7 +144,7 @@ class Executor:
         event.record()
         return event
 
-    def _run(self, op: Op) -> PendingChunk | None:
+    def _run(self, op: Op) -> PendingChunk | PendingPreview | None:
         match op:
             case Encode(job, attempt, request):
                 self._jobs[job, attempt] = HeldJob(request, self._pipeline.encode(request))
@@ -140,6 +156,8 @@ class Executor:
                 return self._decode(op)
             case Checkpoint():
                 self._checkpoint(op)
+            case Preview():
+                return self._preview(op)
             case Release(job, attempt, index):
                 held = self._held_job(job, attempt)
                 if (state := held.states.pop(index, None)) is not None:
@@ -199,6 +217,21 @@ class Executor:
             return None  # it did its share; rank 0 has all frames
         frames, copied = self._to_host(decoded.frames)
         return PendingChunk(op, frames, cursor is None, copied)
+
+    def _preview(self, op: Preview) -> PendingPreview | None:
+        """Rank 0 makes it, as latents are whole on every rank. Whatever fails but the device is logged and forgotten:
+        no job and no group ends for a preview."""
+        if self._spec.rank != 0:
+            return None
+        try:
+            state = self._state(op.job, op.attempt, op.index)
+            pixels = self._pipeline.preview(state) if state.step == op.step else None
+            return None if pixels is None else PendingPreview(op, *self._to_host(pixels))
+        except JOB_ERRORS as failure:
+            if isinstance(failure, torch.AcceleratorError):
+                raise
+            log.warning("job %s: no preview of step %d: %s", op.job, op.step, failure)
+            return None
 
     def _to_host(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if self._copy_stream is None or frames.device.type == "cpu":

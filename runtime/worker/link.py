@@ -27,14 +27,17 @@ from safelight.runtime.messages import (
     Inventory,
     InventoryRequest,
     Plan,
+    PreviewReady,
     Ready,
     Shutdown,
+    ToChunks,
     ToWorker,
     WorkerSpec,
 )
 from safelight.runtime.worker.gate import PlanGate
 
 HEARTBEAT_S = 0.5
+MAX_WAITING = 16  # messages to output above which previews are left out
 Outbox = deque[tuple[msgspec.Struct, Sequence[bytes | memoryview]]]
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,11 @@ class Link:
         """Queues a chunk announcement to the output process."""
         self._post(self._to_output, message, frames)
 
+    def send_preview(self, message: PreviewReady, pixels: memoryview) -> None:
+        """Queues a preview to the output process, or drops it when that takes no messages."""
+        if len(self._to_output) < MAX_WAITING:
+            self._post(self._to_output, message, (pixels,))
+
     def note_done(self, plan: Plan) -> None:
         """A plan is complete; inventories say so from now on."""
         self._done = (plan.scheduler_epoch, plan.number)
@@ -95,7 +103,7 @@ class Link:
         keys = curve.client_keys(Path(spec.keys)) if spec.keys else None
         with (
             transport.connect_dealer(context, spec.endpoints.plans, ToWorker, identity, keys) as scheduler,
-            transport.connect_dealer(context, spec.endpoints.chunks, ChunkReady, identity, keys) as output,
+            transport.connect_dealer(context, spec.endpoints.chunks, ToChunks, identity, keys) as output,
         ):
             poller = zmq.Poller()
             poller.register(scheduler.socket, zmq.POLLIN)

@@ -84,6 +84,34 @@ def test_the_first_command_makes_a_picture_with_the_built_in_model(tmp_path: Pat
     assert corner[2] > max(corner[0], corner[1]), f"a blue background expected, got {corner}"
 
 
+def alike(one: Path, other: Path) -> float:
+    """Correlation of two pictures, both brought to 16x16."""
+    small = []
+    for path in (one, other):
+        with Image.open(path) as picture:
+            small.append(np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX)).ravel())
+    return float(np.corrcoef(np.stack(small))[0, 1])
+
+
+def test_previews_show_the_picture_that_is_being_made(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple on a blue background\na cat on a pink background\n")
+    flags = ["--prompt-path", str(prompts), "--seed", "1", "--num-inference-steps", "9", "--previews", "2", "--json"]
+    ended = generate(*flags, "--output-path", str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    pictures = {line["number"]: Path(line["paths"][0]) for line in lines if line["event"] == "completed"}
+    for number, picture in pictures.items():
+        previews = [line for line in lines if line["event"] == "preview" and line["number"] == number]
+        assert [(line["index"], line["step"]) for line in previews] == [(0, 3), (0, 6)]
+        last = Path(previews[-1]["path"])
+        assert last.name == f"{picture.stem}-step-6.png"
+        with Image.open(last) as preview:
+            assert (preview.format, preview.size) == ("PNG", (128, 128))
+        assert alike(last, picture) > 0.9
+        assert alike(last, pictures[3 - number]) < alike(last, picture) - 0.2
+
+
 def test_a_video_has_the_frames_and_size_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     flags = small(tiny_model, tmp_path, "--num-frames", "9", "--output-file-name", "clip.mp4", "--return-frames")
     ended = generate("--prompt", "a cat", *flags)

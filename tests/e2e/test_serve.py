@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 from served import Served, serve
 
 from safelight.runtime import hub
@@ -157,6 +161,28 @@ def test_the_openai_sdk_works_unmodified(builtin: Served, editor: tuple[Served, 
     assert len(found["rows"]) >= 44
     failed = {name: result for name, result in found["rows"].items() if result != "pass"}
     assert not failed, "\n".join(f"{name}: {result}" for name, result in failed.items())
+
+
+def test_a_videos_events_tell_stages_steps_previews_and_the_end(builtin: Served) -> None:
+    body = {"prompt": "a yellow car moving left", "num_frames": 5, "num_inference_steps": 6, "partial_images": 2}
+    with builtin.http() as http:
+        job = video(http, size="128x128", **body)
+        with http.stream("GET", f"/v1/videos/{job}/events") as reply:
+            lines = [line for line in reply.iter_lines() if line.startswith(("event: ", "data: "))]
+    events = [(name[7:], json.loads(data[6:])) for name, data in zip(lines[::2], lines[1::2], strict=True)]
+    told = [data for name, data in events if name == "video.progress"]
+    assert {data["stage"] for data in told} >= {"denoising", "decoding"}
+    steps = [(data["step"], data["steps"]) for data in told if data["stage"] == "denoising"]
+    assert steps == sorted(steps)
+    assert steps[-1] == (6, 6)
+    previews = [data for name, data in events if name == "video.partial_image"]
+    assert [(data["partial_image_index"], data["step"]) for data in previews] == [(0, 2), (1, 4)]
+    for data in previews:
+        with Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (128, 128))
+            assert np.asarray(picture).std() > 10, "a picture that is not flat"
+    assert events[-1][0] == "video.completed"
+    assert events[-1][1]["progress"] == 100
 
 
 # ---- deaths

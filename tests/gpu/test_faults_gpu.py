@@ -17,7 +17,7 @@ from running_server import Running, request
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints.client import Client
 from safelight.runtime.launch.supervisor import Supervisor
-from safelight.runtime.messages import Status
+from safelight.runtime.messages import Event, Status
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +60,7 @@ def test_a_rank_killed_under_nccl_is_replaced_and_changes_nothing(
         while server.pids().get("worker 0.1", old) == old:  # what the old ranks did is read meanwhile
             assert time.monotonic() < killed + 60, "no new rank"
             for event in client.poll(0.05):
+                assert isinstance(event, Event)
                 running.seen.setdefault(event.job, []).append(event)
         assert running.until(lambda event: event.job == job, timeout_s=120).status is None
         again_s = time.monotonic() - killed

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from safelight.configs.families import identify
+from safelight.runtime.messages import Denoise, Encode, Endpoints, Op, Plan, Prepare, Preview, UnitRef, WorkerSpec
 from safelight.runtime.models.registry import LoadOptions
 from safelight.runtime.models.wan.pipeline import WanPipeline, load
 from safelight.runtime.parallel.mesh import ParallelMesh
+from safelight.runtime.worker.checkpoint import CheckpointWriter
+from safelight.runtime.worker.executor import Executor, Launched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +78,44 @@ def test_steps_never_wait_for_the_device(parity: Any, guidance: float) -> None:
             states = pipeline.step(states)
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(state.latents).all() for state in states)
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_previews_never_wait_for_the_device_and_are_whole_when_their_copy_has_passed(
+    parity: Any, sampler: str, tmp_path: Path
+) -> None:
+    pipeline, request = on_gpu(parity, torch.bfloat16), parity.request(replace(parity_case(), sampler=sampler))
+    assert pipeline.colours is not None
+    spec = WorkerSpec(
+        endpoints=Endpoints(*["ipc:///unused"] * 6), group=0, rank=0, world_size=1, group_epoch=0, local_rank=0,
+        store="", model_path="", vae_path=None, device="cuda", dit_precision="bf16", vae_precision="fp32",
+        checkpoint_dir="", slots=None, num_threads=1, ranks_on_host=1, log_level="info",
+    )  # fmt: skip
+    executor = Executor(pipeline, spec, CheckpointWriter(None), lambda message: None)
+
+    def run(number: int, *ops: Op) -> Launched:
+        launched = executor.execute(Plan(0, 0, 0, number, ops))
+        assert [op.error for op in launched.ops] == [None] * len(ops)
+        return launched
+
+    def step(number: int) -> tuple[Op, Op]:
+        return Denoise((UnitRef("a", 0, 0, number),)), Preview("a", 0, 0, number, number + 1)
+
+    with torch.inference_mode():
+        run(0, Encode("a", 0, request), Prepare("a", 0, 0), *step(0))  # the first use of a kernel may load it
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        launched = run(1, *step(1))
+        torch.cuda.set_sync_debug_mode("default")
+        preview = launched.ops[-1].preview
+        assert preview is not None
+        assert preview.copied is not None
+        preview.copied.synchronize()
+        expected = pipeline.preview(executor._jobs["a", 0].states[0])
+        assert expected is not None
+        assert torch.equal(preview.pixels, expected.cpu())
+        assert preview.pixels.float().std() > 1
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_reference(parity: Any) -> None:

@@ -42,6 +42,7 @@ class FakeJob:
     artifacts: tuple[m.Artifact, ...] = ()
     ended_at: float | None = None
     subscribers: set[bytes] = field(default_factory=set)
+    previews: list[m.PreviewMade] = field(default_factory=list)
 
 
 class FakeBackend:
@@ -75,6 +76,17 @@ class FakeBackend:
             self._tell(self.jobs[job])
 
         self._order(advance)
+
+    def preview(self, job: str, number: int, index: int = 0) -> None:
+        """A 1x1 picture, to everyone who is or will be subscribed."""
+
+        def send() -> None:
+            made = m.PreviewMade(job, number, index, number, number + 1, 1, 1, "image/png", len(PNG))
+            self.jobs[job].previews.append(made)
+            for peer in list(self.jobs[job].subscribers):
+                self._events.send(made, peer, (PNG,))
+
+        self._order(send)
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)
@@ -205,6 +217,8 @@ class FakeBackend:
         if job is None or job.submit.owner != message.owner:
             return
         if isinstance(message, m.Subscribe):
+            for made in job.previews if peer not in job.subscribers else ():
+                self._events.send(made, peer, (PNG,))
             job.subscribers.add(peer)
             self._tell(job)
         else:

@@ -15,6 +15,7 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import generate
 from safelight.entrypoints.jobs import Job
+from safelight.entrypoints.previews import Preview
 from safelight.runtime.errors import StartupError, TooLarge
 from safelight.runtime.messages import Artifact, Event, GenerationRequest, Status
 
@@ -25,6 +26,7 @@ class FakeServer:
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, list[str]()
         self.script: Callable[[GenerationRequest, str], Event] = self.complete
+        self.preview_steps = tuple[int, ...]()
         self.failure: StartupError | None = None
         self.ready_error: StartupError | None = None
         self.open: dict[str, GenerationRequest] = {}
@@ -80,8 +82,15 @@ class FakeServer:
         self.most_open = max(self.most_open, len(self.open))
         return job
 
-    def poll(self, timeout_s: float) -> list[Event]:
-        return [] if self.drained else [self.script(self.open.pop(job), job) for job in list(self.open)]
+    def poll(self, timeout_s: float) -> list[Event | Preview]:
+        jobs = [] if self.drained else list(self.open)
+        events: list[Event | Preview] = []
+        for job in jobs:
+            events += [*self._previews(job), self.script(self.open.pop(job), job)]
+        return events
+
+    def _previews(self, job: str) -> list[Preview]:
+        return [Preview(job, 0, n, step, 8, 8, "image/png", b"preview") for n, step in enumerate(self.preview_steps)]
 
     def cancel(self, job: str, timeout_s: float) -> None:
         self.log.append("cancel")
@@ -139,7 +148,7 @@ def write_model(folder: Path) -> str:
             "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "in_channels": 16, "ffn_dim": 32,
             "text_dim": 16,
         },
-        "vae/config.json": {"dim_mult": [1, 2, 4, 4], "base_dim": 8},
+        "vae/config.json": {"_class_name": "AutoencoderKLWan", "dim_mult": [1, 2, 4, 4], "base_dim": 8},
         "text_encoder/config.json": {"d_model": 16, "num_layers": 1},
         "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler"},
     }  # fmt: skip
@@ -156,9 +165,9 @@ def runner(model: str, out: Path) -> Callable[..., int]:
     def call(prompt: str = "a dog", **options: Any) -> int:
         names = ("max_queue", "model_path", "state_dir", "drain_grace_s", "backend")
         server_options = {name: options.pop(name) for name in names if name in options}
-        seed = options.pop("seed", 7)
+        seed, previews = options.pop("seed", 7), options.pop("previews", 0)
         files = GenerateArgs(**{"output_path": str(out), **options})
-        params = SamplingParams(prompt="" if files.prompt_path else prompt, seed=seed)
+        params = SamplingParams(prompt="" if files.prompt_path else prompt, seed=seed, previews=previews)
         return generate.run(params, files, ServerArgs(**{"model_path": model, **server_options}))
 
     return call

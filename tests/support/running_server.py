@@ -57,6 +57,7 @@ class Running:
         while time.monotonic() < deadline:
             found = None
             for event in self.client.poll(1.0):
+                assert isinstance(event, Event), "no job here asks for previews"
                 self.seen.setdefault(event.job, []).append(event)
                 found = event if found is None and accept(event) else found
             if found:
@@ -92,6 +93,7 @@ class Running:
             assert self.server.failure is None, self.server.failure
             assert time.monotonic() < deadline, f"no terminal in {timeout_s:.0f} s: {self.seen}"
             for event in self.client.poll(1.0):
+                assert isinstance(event, Event), "no job here asks for previews"
                 self.seen.setdefault(event.job, []).append(event)
         for job in jobs:
             assert sum(e.status is not None for e in self.seen[job]) == 1, "one terminal each"

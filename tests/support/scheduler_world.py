@@ -50,12 +50,13 @@ class Violation(AssertionError):
 
 
 def make_request(
-    steps: int = 4, outputs: int = 1, chunks: int = 2, size: int = 1, prompt: str = ""
+    steps: int = 4, outputs: int = 1, chunks: int = 2, size: int = 1, prompt: str = "", previews: int = 0
 ) -> m.GenerationRequest:
     """`size` scales cost and memory; `prompt` "killer:P" kills a rank at progress P, "failing:P" is an op's error."""
     return m.GenerationRequest(
-        prompt, "", {}, 8 * size, 8, chunks, 8, steps, 1.0, 0, outputs, "euler", m.MediaSpec(m.MediaFormat.PNG)
-    )
+        prompt, "", {}, 8 * size, 8, chunks, 8, steps, 1.0, 0, outputs, "euler", m.MediaSpec(m.MediaFormat.PNG),
+        previews=previews,
+    )  # fmt: skip
 
 
 def profile_of(request: m.GenerationRequest) -> JobProfile:
@@ -285,6 +286,7 @@ class World:
         self.lost_output_messages = 0
         self.drained = False
         self.files: set[str] = set()
+        self.previews: list[m.Preview] = []  # that ranks made
         for group in range(groups):
             self.start_group(group)
 
@@ -563,6 +565,11 @@ class World:
                 ref = m.CheckpointRef(f"/{op.job}-{op.attempt}-{op.index}-{op.step}", op.step, "0")
                 self.files.add(ref.path)
                 rank.say(m.CheckpointCommitted(rank.group, rank.epoch, op.job, op.attempt, op.index, ref))
+        elif isinstance(op, m.Preview):
+            if states[op.index] != op.step:
+                return missing
+            if rank.rank == 0:
+                self.previews.append(op)
         elif isinstance(op, m.Release):
             del states[op.index]
         self._check_memory(rank, op)

@@ -93,7 +93,11 @@ class Rows:
         assert events[-1].type == "image_generation.completed", events
         assert events[-1].usage.output_tokens > 0
         assert base64.b64decode(events[-1].b64_json)[:4] == b"\x89PNG"
-        assert all(event.type == "image_generation.partial_image" for event in events[:-1])
+        previews = events[:-1]
+        assert all(event.type == "image_generation.partial_image" for event in previews), events
+        assert [event.partial_image_index for event in previews] == [0, 1]
+        assert [event.size for event in previews] == ["128x128"] * 2
+        assert all(base64.b64decode(event.b64_json)[:4] == b"\x89PNG" for event in previews)
 
     async def error_has_param_code_and_request_id(self) -> None:
         error = await self.refused(

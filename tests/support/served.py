@@ -89,7 +89,7 @@ class Served:
         def told(found: Any) -> bool:
             return found is None or found["status"] != "ok" or self.pids().get(role) != pid
 
-        self.until("/health", told, 10)
+        self.until("/health", told, 3)  # two seconds, and what a busy machine needs to say so
 
     def healthy(self, timeout_s: float = 60.0) -> None:
         self.until("/health", lambda found: found is not None and found["status"] == "ok", timeout_s)

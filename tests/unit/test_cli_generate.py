@@ -13,7 +13,7 @@ import pytest
 from generate_server import FakeServer, fake_server, runner, write_model
 
 from safelight.entrypoints import generate
-from safelight.runtime.errors import ModelError, StartupError, WorkerLost
+from safelight.runtime.errors import ConfigError, InvalidRequest, JobFailed, ModelError, StartupError, WorkerLost
 from safelight.runtime.messages import ErrorInfo, Event, GenerationRequest, MediaFormat, Status
 
 
@@ -68,6 +68,60 @@ def test_one_failed_job_does_not_stop_the_others(
     assert [Path(line).name for line in out.splitlines()] == ["a-dog-7.png", "a-cat-7.png"]
     assert "2/4 huge: failed: it can never fit" in err
     assert "3/4 broken: failed: out of memory" in err
+
+
+def test_previews_are_files_beside_the_result(
+    run: Callable[..., int], server: FakeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.preview_steps = (5, 10)
+    out = tmp_path / "out"
+    assert run(previews=2) == 0
+    said, log = capfd.readouterr()
+    assert said == f"{out}/a-dog-7.png\n"
+    assert f"a dog: preview after step 10: {out}/a-dog-7-step-10.png" in log
+    assert run(previews=2, json=True) == 0  # the names are taken now
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line for line in lines if line["event"] == "preview"] == [
+        {"event": "preview", "number": 1, "index": 0, "step": step, "path": f"{out}/a-dog-7-step-{step}-2.png"}
+        for step in (5, 10)
+    ]
+    assert lines[-1]["paths"] == [f"{out}/a-dog-7-2.png"]
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert [files.pop(f"a-dog-7-step-{step}.png") for step in (5, 10)] == [b"preview"] * 2
+    assert len(files) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [({"previews": 21}, "at most 20"), ({"previews": 1, "save_output": False}, "no-save-output")]
+)
+def test_previews_that_cannot_be_kept_are_refused(
+    run: Callable[..., int], server: FakeServer, flags: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises((InvalidRequest, ConfigError), match=reason) as refused:
+        run(**flags)
+    assert refused.value.param == "previews"
+    assert server.log == []
+
+
+def test_a_model_without_factors_is_refused_previews(run: Callable[..., int], model: str, server: FakeServer) -> None:
+    config = Path(model) / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latents_mean": [0.0] * 16}))
+    with pytest.raises(InvalidRequest, match=r"fit_preview\.py"):
+        run(previews=1)
+    assert server.log == []
+    assert run() == 0
+
+
+def test_a_preview_that_cannot_be_saved_is_a_note(
+    run: Callable[..., int], server: FakeServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Path:
+        raise JobFailed("a-dog-7-step-5.png cannot be saved in out: no space left")
+
+    server.preview_steps = (5,)
+    monkeypatch.setattr(generate, "save_data", full)
+    assert run(previews=1) == 0
+    assert "note: a-dog-7-step-5.png cannot be saved" in capfd.readouterr().err
 
 
 def test_without_save_output_nothing_is_kept(run: Callable[..., int], tmp_path: Path, capfd: Any) -> None:

@@ -13,6 +13,7 @@ import zmq
 
 from safelight.entrypoints import client as client_module
 from safelight.entrypoints.client import Client
+from safelight.entrypoints.previews import Preview
 from safelight.runtime import transport
 from safelight.runtime.errors import Conflict, JobFailed, NotFound, Overloaded, WorkerLost
 from safelight.runtime.messages import (
@@ -27,6 +28,7 @@ from safelight.runtime.messages import (
     JobState,
     MediaFormat,
     MediaSpec,
+    PreviewMade,
     Progress,
     QueryJob,
     QueryStatus,
@@ -73,7 +75,8 @@ class FakeServer:
                         self.arrived.notify_all()
                     with contextlib.suppress(transport.PeerUnreachable):  # it has its answer and is gone
                         for reply in self.answer(received.message):
-                            channel.send(reply, received.identity)
+                            frames = (b"a picture",) if isinstance(reply, PreviewMade) else ()
+                            channel.send(reply, received.identity, frames)
         submit.close()
         events.close()
         context.term()
@@ -133,13 +136,33 @@ def test_a_job_is_submitted_followed_and_closed_by_its_terminal(serve: Any) -> N
     server = serve(happy)
     with Client(server.endpoints) as client:
         job = client.submit(REQUEST)
-        events = list(client.events(job))
+        events = [event for event in client.events(job) if isinstance(event, Event)]
         assert [event.seq for event in events] == [0, 1, 2]
         assert events[-1].artifacts == DONE
         assert client.open_jobs == frozenset()
     submitted = next(message for message in server.seen if isinstance(message, Submit))
     assert submitted.request == REQUEST
     assert submitted.attached
+
+
+def test_previews_are_among_the_events_and_nobody_has_to_look_at_them(serve: Any) -> None:
+    def made(job: str, number: int, nbytes: int = 9) -> PreviewMade:
+        return PreviewMade(job, number, 0, number, number + 1, 8, 8, "image/png", nbytes)
+
+    def answer(message: Any) -> list[Any]:
+        if isinstance(message, Subscribe):
+            previews = [made(message.job, 0), made(message.job, 1, nbytes=7), made(message.job, 2)]  # one is torn
+            previews += [made(message.job, 0)]  # again, of an output process that was started again
+            return [*previews, *happy(message), made(message.job, 3)]
+        return happy(message)
+
+    with Client(serve(answer).endpoints) as client:
+        job = client.submit(REQUEST)
+        found = list(client.events(job))
+        assert [e.number for e in found if isinstance(e, Preview)] == [0, 2]
+        assert [e.data for e in found if isinstance(e, Preview)] == [b"a picture"] * 2
+        assert isinstance(found[-1], Event)
+        assert client.wait(client.submit(REQUEST)).artifacts == DONE
 
 
 def test_two_jobs_can_be_waited_for_one_after_the_other(serve: Any) -> None:
@@ -179,7 +202,7 @@ def test_subscriptions_are_renewed_and_repeated_events_are_dropped(serve: Any) -
         return []
 
     with Client(serve(answer).endpoints) as client:
-        events = list(client.events(client.submit(REQUEST)))
+        events = [e for e in client.events(client.submit(REQUEST)) if isinstance(e, Event)]
     assert [event.seq for event in events] == [5, 0, 1]
 
 
@@ -226,7 +249,7 @@ def test_events_of_unknown_jobs_are_not_delivered(serve: Any) -> None:
         return happy(message)
 
     with Client(serve(answer).endpoints) as client:
-        assert all(event.known for event in client.events(client.submit(REQUEST)))
+        assert all(isinstance(e, Event) and e.known for e in client.events(client.submit(REQUEST)))
 
 
 def test_attaching_to_an_unknown_job_is_refused_at_once(serve: Any) -> None:
@@ -250,6 +273,7 @@ def test_a_job_that_ended_long_ago_has_its_end_although_output_knows_it_no_more(
     with Client(serve(answer).endpoints) as client:
         client.attach("j")
         [event] = client.poll(10)
+        assert isinstance(event, Event)
         assert (event.status, event.artifacts) == (Status.COMPLETED, DONE)
         assert not client.open_jobs
 

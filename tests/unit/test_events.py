@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelight.runtime.messages import Event, Progress, Publish, Stage, Status, Subscribe, Unsubscribe
-from safelight.runtime.output.events import Delivery, EventStreams
+from safelight.runtime.messages import Event, PreviewMade, Progress, Publish, Stage, Status, Subscribe, Unsubscribe
+from safelight.runtime.output.events import KEPT_PREVIEWS, Delivery, EventStreams
 
 ALICE, BOB = b"alice", b"bob"
 
@@ -17,11 +18,11 @@ class Peers:
     """Subscribers that record what they get; the ones in `busy` and `gone` take nothing."""
 
     def __init__(self) -> None:
-        self.got: dict[bytes, list[Event]] = defaultdict(list)
+        self.got: dict[bytes, list[Any]] = defaultdict(list)
         self.busy: set[bytes] = set()
         self.gone: set[bytes] = set()
 
-    def send(self, peer: bytes, event: Event) -> Delivery:
+    def send(self, peer: bytes, event: Any, data: bytes = b"") -> Delivery:
         if peer in self.gone:
             return Delivery.GONE
         if peer in self.busy:
@@ -178,8 +179,68 @@ def test_terminals_and_subscriptions_kept_are_bounded() -> None:
     assert [e.job for e in peers.got[BOB]] == ["a", "x", "y", "z"]
 
 
+def preview(number: int, index: int = 0) -> PreviewMade:
+    return PreviewMade("j", -1, index, number, number + 1, 8, 8, "image/png", 3)
+
+
+def places(peers: Peers, peer: bytes) -> list[tuple[int, int] | str]:
+    return [(e.index, e.number) if isinstance(e, PreviewMade) else "event" for e in peers.got[peer]]
+
+
+def test_previews_come_in_order_once_whoever_renews_and_not_after_the_end() -> None:
+    streams, peers = EventStreams(), Peers()
+    streams.open("j", "me")
+    streams.subscribe(ALICE, Subscribe("j", "me"))
+    streams.subscribe(BOB, Subscribe("j", "bob"))
+    for number, index in ((0, 0), (1, 0), (0, 0), (0, 1), (1, 0), (1, 1)):  # an attempt came again in between
+        streams.preview(preview(number, index), b"png")
+        streams.progress(step("j", number))
+        streams.deliver("j", peers.send)
+        streams.subscribe(ALICE, Subscribe("j", "me"))
+        streams.deliver("j", peers.send)
+    assert [place for place in places(peers, ALICE) if place != "event"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [e.known for e in peers.got[BOB]] == [False]
+    first = [e.seq for e in peers.got[ALICE] if isinstance(e, PreviewMade)]
+    assert first == sorted(set(first))
+    streams.publish(done("j"))
+    streams.preview(preview(2, 1), b"png")
+    streams.deliver("j", peers.send)
+    assert peers.got[ALICE][-1].status is Status.COMPLETED
+    late = b"late"
+    streams.subscribe(late, Subscribe("j", "me"))
+    streams.deliver("j", peers.send)
+    assert [e.status for e in peers.got[late]] == [Status.COMPLETED]
+
+
+def test_a_late_subscriber_gets_the_last_previews_and_then_the_news() -> None:
+    streams, peers = EventStreams(), Peers()
+    streams.open("j", "me")
+    for number in range(KEPT_PREVIEWS + 2):
+        streams.preview(preview(number), b"png")
+    streams.progress(step("j", 9))
+    streams.subscribe(ALICE, Subscribe("j", "me"))
+    streams.deliver("j", peers.send)
+    assert places(peers, ALICE) == [(0, number) for number in range(2, KEPT_PREVIEWS + 2)] + ["event"]
+
+
+def test_a_slow_subscriber_loses_previews_and_never_the_terminal() -> None:
+    streams, peers = EventStreams(), Peers()
+    streams.open("j", "me")
+    streams.subscribe(ALICE, Subscribe("j", "me"))
+    peers.busy = {ALICE}
+    for number in range(3):
+        streams.preview(preview(number), b"png")
+        streams.deliver("j", peers.send)
+    assert streams.blocked == {"j"}
+    streams.publish(done("j"))
+    peers.busy = set()
+    streams.deliver("j", peers.send)
+    assert [e.status for e in peers.got[ALICE]] == [Status.COMPLETED]
+
+
 ACTIONS = st.lists(
-    st.sampled_from(["open", "progress", "publish", "subscribe", "again", "busy", "free", "deliver"]), max_size=60
+    st.sampled_from(["open", "progress", "preview", "publish", "subscribe", "again", "busy", "free", "deliver"]),
+    max_size=60,
 )
 
 
@@ -193,6 +254,8 @@ def test_any_history_gives_growing_numbers_and_one_terminal_last(actions: list[s
                 streams.open("j", "me")
             case "progress":
                 streams.progress(step("j", number))
+            case "preview":
+                streams.preview(preview(number), b"png")
             case "publish":
                 streams.publish(done("j"))
                 published = True
@@ -210,6 +273,6 @@ def test_any_history_gives_growing_numbers_and_one_terminal_last(actions: list[s
     streams.deliver("j", peers.send)
     seqs = peers.seqs(ALICE)
     assert seqs == sorted(set(seqs))
-    terminals = [event.status for event in peers.got[ALICE] if event.status]
+    terminals = [event.status for event in peers.got[ALICE] if isinstance(event, Event) and event.status]
     assert len(terminals) == int(subscribed and published)
     assert not terminals or peers.got[ALICE][-1].status

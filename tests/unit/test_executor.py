@@ -32,9 +32,13 @@ from safelight.runtime.messages import (
     MediaSpec,
     Op,
     Plan,
+    PlanDone,
     Prepare,
+    Preview,
+    PreviewReady,
     Release,
     SlotPool,
+    TensorRef,
     UnitRef,
     WorkerSpec,
 )
@@ -69,6 +73,7 @@ class FakePipeline:
     def __init__(self, collective_decode: bool = False) -> None:
         self.collective_decode = collective_decode
         self.decoded = 0
+        self.colours = True
 
     def weights_bytes(self) -> int:
         return 0
@@ -93,6 +98,9 @@ class FakePipeline:
         frame = cursor or 0
         pixels = torch.full((1, 16, 16, 3), frame, dtype=torch.uint8)
         return FrameChunk(pixels), frame + 1 if frame < 2 else None
+
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        return torch.full((2, 2, 3), int(state.latents[0, 0, 0, 0]), dtype=torch.uint8) if self.colours else None
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         return {"latents": state.latents, "step": torch.tensor(state.step)}
@@ -175,11 +183,17 @@ def test_a_job_runs_from_encoding_to_its_last_chunk(rig: Rig) -> None:
 class FakeLink:
     def __init__(self) -> None:
         self.chunks: list[tuple[ChunkReady, bytes]] = []
+        self.sent: list[tuple[FromWorker | PreviewReady, bytes]] = []
 
     def send_chunk(self, message: ChunkReady, frames: Sequence[memoryview] = ()) -> None:
         self.chunks.append((message, b"".join(frames)))
 
-    def send(self, message: FromWorker) -> None: ...
+    def send(self, message: FromWorker) -> None:
+        self.sent.append((message, b""))
+
+    def send_preview(self, message: PreviewReady, pixels: memoryview) -> None:
+        self.sent.append((message, bytes(pixels)))
+
     def note_done(self, plan: Plan) -> None: ...
 
 
@@ -194,6 +208,70 @@ def test_frames_for_another_host_travel_with_their_message_and_keep_their_slots(
     parts = [bytes(16 * 16 * 3), bytes([1]) * (16 * 16 * 3)]
     assert [part for _, part in link.chunks] == parts
     assert sent == [(3, 0, True, 768, zlib.crc32(parts[0])), (1, 1, True, 768, zlib.crc32(parts[1]))]
+
+
+def test_a_preview_follows_the_acknowledgement_of_its_plan(tmp_path: Path) -> None:
+    rig, link, failures = Rig(tmp_path), FakeLink(), list[Exception]()
+    rig.spec = msgspec.structs.replace(rig.spec, slots=None)
+    completer = Completer(rig.spec, cast(Link, link), torch.device("cpu"), 0, failures.append)
+    completer.submit(rig.run(*start(), step("a", 0), Preview("a", 0, 0, 0, 1)))
+    completer.close()
+    assert not failures
+    done, (preview, pixels) = link.sent
+    assert isinstance(done[0], PlanDone)
+    assert [result.error for result in done[0].results] == [None] * 4
+    assert pixels == bytes([8]) * 12  # seed 7, one step
+    assert preview == PreviewReady("a", 0, 0, 0, 1, TensorRef((2, 2, 3), "uint8", 12, zlib.crc32(pixels)))
+
+
+def test_a_copy_that_is_late_waits_for_the_next_plan_and_no_plan_for_it(tmp_path: Path) -> None:
+    rig, link, failures = Rig(tmp_path), FakeLink(), list[Exception]()
+    rig.spec = msgspec.structs.replace(rig.spec, slots=None)
+    copied = FakeEvent()
+    launched = rig.run(*start(), step("a", 0), Preview("a", 0, 0, 0, 1))
+    late = dataclasses.replace(launched.ops[-1].preview, copied=copied)  # type: ignore[type-var]
+    launched = Launched(launched.plan, (*launched.ops[:-1], dataclasses.replace(launched.ops[-1], preview=late)))
+    completer = Completer(rig.spec, cast(Link, link), torch.device("cpu"), 0, failures.append)
+    completer.submit(launched)
+    completer.submit(rig.run(step("a", 1)))
+    assert copied.asked.wait(10)
+    copied.passed = True
+    completer.submit(rig.run(step("a", 2)))
+    completer.close()
+    assert not failures
+    kinds = [type(message) for message, _ in link.sent]
+    assert sorted(kinds, key=str) == [PlanDone, PlanDone, PlanDone, PreviewReady]
+    assert kinds[0] is PlanDone
+
+
+class FakeEvent:
+    """A CUDA event that nobody may wait for."""
+
+    passed = False
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def query(self) -> bool:
+        self.asked.set()
+        return self.passed
+
+
+def test_previews_are_rank_zeros_and_what_fails_with_one_fails_nothing(tmp_path: Path) -> None:
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        rig = Rig(tmp_path, rank=rank, world_size=world_size)
+        launched = rig.run(*start(), step("a", 0), Preview("a", 0, 0, 0, 1))
+        assert (launched.ops[-1].preview is not None) == (rank == 0)
+        stale = rig.run(Preview("a", 0, 0, 0, 3), Preview("gone", 0, 0, 0, 1))
+        assert [(op.error, op.preview) for op in stale.ops] == [(None, None)] * 2
+        rig.pipeline.colours = False
+        assert rig.run(Preview("a", 0, 0, 0, 1)).ops[0].preview is None
+
+        def broken(state: DenoiseState) -> torch.Tensor:
+            raise RuntimeError("no memory for colours")
+
+        rig.pipeline.preview = broken  # type: ignore[method-assign]
+        assert rig.codes(Preview("a", 0, 0, 0, 1), step("a", 1)) == [None, None]
 
 
 def test_without_a_folder_that_all_ranks_see_checkpoints_fail_and_none_is_resumed(tmp_path: Path) -> None:

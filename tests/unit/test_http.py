@@ -17,6 +17,7 @@ import httpx2
 import pytest
 from fake_backend import LIMITS, PNG, FakeBackend, http_server
 
+from safelight.runtime import hub
 from safelight.runtime import messages as m
 
 Serve = Callable[..., tuple[FakeBackend, httpx2.Client]]
@@ -198,9 +199,74 @@ def test_a_streamed_picture_ends_with_usage_and_a_failure_with_an_error(serve: S
         backend.fail(backend.executions[1])
         (event,) = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: ")]
     assert event["error"]["message"] == "it broke"
-    backend.auto = True
-    reply = http.post("/v1/images/generations", json=picture(stream=True, partial_images=2))
-    assert "no previews" in reply.headers["x-safelight-warning"]
+
+
+def events_of(reply: httpx2.Response) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: ")]
+
+
+def test_previews_of_every_picture_come_before_it_is_done(serve: Serve) -> None:
+    backend, http = serve(auto=False)
+    body = picture(stream=True, partial_images=3, n=2, num_inference_steps=4)
+    with http.stream("POST", "/v1/images/generations", json=body) as reply:
+        backend.until(lambda: bool(backend.executions))
+        job = backend.executions[0]
+        assert backend.jobs[job].submit.request.previews == 3
+        for index in range(2):
+            for number in range(3):
+                backend.preview(job, number, index)
+        backend.progress(job, 3)
+        backend.complete(job)
+        *previews, first, second = events_of(reply)
+    assert "x-safelight-warning" not in reply.headers
+    # Two pictures' worth came faster than anybody could read: the last few are kept.
+    places = [(event["index"], event["partial_image_index"]) for event in previews]
+    assert places == sorted(places)
+    assert places[-4:] == [(0, 2), (1, 0), (1, 1), (1, 2)]
+    assert {event["type"] for event in previews} == {"image_generation.partial_image"}
+    assert [base64.b64decode(event["b64_json"]) for event in previews] == [PNG] * len(previews)
+    assert (previews[-1]["size"], previews[-1]["output_format"], previews[-1]["step"]) == ("1x1", "png", 3)
+    assert {first["type"], second["type"]} == {"image_generation.completed"}
+
+
+def test_a_model_without_previews_says_so_and_makes_the_picture(serve: Serve, tmp_path: Path) -> None:
+    backend, http = serve(model=diffusers_model(tmp_path / "m", "PixArtSigmaPipeline"))
+    body = picture(stream=True, partial_images=2, size="64x64")
+    reply = http.post("/v1/images/generations", json=body)
+    assert "partial_images: only the finished result" in reply.headers["x-safelight-warning"]
+    assert "diffusers" in reply.headers["x-safelight-warning"]
+    assert [event["type"] for event in events_of(reply)] == ["image_generation.completed"]
+    assert backend.jobs[backend.executions[0]].submit.request.previews == 0
+
+
+def test_another_vae_than_the_models_has_its_own_factors_or_none(serve: Serve, tmp_path: Path) -> None:
+    model = m.ServedModel("org/builtin", str(hub.builtin_model()), 1, "fp32", "fp32", vae_path=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLWan", "latents_mean": [1]}')
+    backend, http = serve(model=model)
+    reply = http.post("/v1/videos", json={"prompt": "a car", "num_frames": 5, "partial_images": 2})
+    assert "fit_preview.py" in reply.headers["x-safelight-warning"]
+    assert backend.jobs[reply.json()["id"]].submit.request.previews == 0
+
+
+def test_a_videos_events_carry_the_previews_that_it_was_asked_for(serve: Serve) -> None:
+    backend, http = serve(auto=False)
+    job = http.post("/v1/videos", data={"prompt": "a car", "num_frames": "5", "partial_images": "5"}).json()["id"]
+    assert backend.jobs[job].submit.request.previews == 5
+    with http.stream("GET", f"/v1/videos/{job}/events") as reply:
+        backend.until(lambda: bool(backend.jobs[job].subscribers))
+        for number in (0, 1, 0):  # the last of an output process that was started again
+            backend.preview(job, number)
+        backend.complete(job)
+        lines = list(reply.iter_lines())
+    names = [line[7:] for line in lines if line.startswith("event: ")]
+    assert [name for name in names if name != "video.progress"] == ["video.partial_image"] * 2 + ["video.completed"]
+    found = [json.loads(line[6:]) for line in lines if line.startswith("data: ") and "b64_json" in line]
+    assert [(e["id"], e["partial_image_index"], base64.b64decode(e["b64_json"])) for e in found] == [
+        (job, 0, PNG),
+        (job, 1, PNG),
+    ]
+    reply = http.post("/v1/videos", json={"prompt": "a car", "partial_images": 21})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "partial_images")
 
 
 def test_a_client_that_goes_away_cancels_its_picture_and_nobody_elses(serve: Serve) -> None:
@@ -322,7 +388,7 @@ def test_a_video_is_told_of_from_the_queue_to_its_end(serve: Serve) -> None:
     backend, http = serve(auto=False)
     reply = http.post("/v1/videos", json={"prompt": "a car", "num_inference_steps": 10})
     video = reply.json()
-    assert (video["status"], reply.headers["openai-poll-after-ms"]) == ("queued", "1500")
+    assert (video["status"], reply.headers["openai-poll-after-ms"]) == ("queued", "3000")
     content = f"/v1/videos/{video['id']}/content"
     assert (http.get(content).status_code, error_of(http.get(content))["param"]) == (400, "id")
     backend.progress(video["id"], 4)
@@ -410,6 +476,14 @@ def test_models_are_found_by_ids_with_slashes(serve: Serve) -> None:
     info = http.get("/models").json()
     assert set(info) == {
         "model_path", "task_type", "pipeline_name", "pipeline_class", "num_gpus", "dit_precision", "vae_precision",
+    }  # fmt: skip
+
+
+def test_sglangs_models_page_says_how_the_model_runs(serve: Serve) -> None:
+    model = m.ServedModel("org/builtin", str(hub.builtin_model()), 4, "bf16", "fp32")
+    assert serve(model=model)[1].get("/models").json() == {
+        "model_path": "org/builtin", "task_type": "T2V", "pipeline_name": "builtin", "pipeline_class": "WanPipeline",
+        "num_gpus": 4, "dit_precision": "bf16", "vae_precision": "fp32",
     }  # fmt: skip
 
 

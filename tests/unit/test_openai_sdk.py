@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_backend import FakeBackend, http_server
+from fake_backend import PNG, FakeBackend, http_server
 
 from safelight.runtime import messages as m
 
@@ -63,6 +64,22 @@ def test_a_timeout_of_the_sdk_joins_the_running_job(sdk: Sdk) -> None:
         backend.complete(job)
         assert reply.result().data
     assert (len(backend.executions), backend.cancelled) == (1, [])
+
+
+def test_a_stream_is_its_previews_in_order_and_then_the_picture(sdk: Sdk) -> None:
+    backend, client = sdk(auto=False)
+    with client.images.generate(prompt="a", stream=True, partial_images=2) as stream:
+        backend.until(lambda: len(backend.executions) == 1)
+        job = backend.executions[0]
+        for number in range(2):
+            backend.preview(job, number)
+        backend.complete(job)
+        events = list(stream)
+    assert [type(event).__name__ for event in events] == ["ImageGenPartialImageEvent"] * 2 + ["ImageGenCompletedEvent"]
+    assert [event.partial_image_index for event in events if event.type == "image_generation.partial_image"] == [0, 1]
+    for event in events:
+        assert base64.b64decode(event.b64_json) == PNG
+        type(event).model_validate(event.to_dict(), strict=True)  # every field that the SDK types
 
 
 def test_a_failure_in_a_stream_raises(sdk: Sdk) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from safelight.runtime.messages import (
     Endpoints,
     Event,
     FromControlled,
+    FromEvents,
     FromOutput,
     MediaFormat,
     MediaSpec,
@@ -36,6 +39,8 @@ from safelight.runtime.messages import (
     OutputReady,
     OutputReset,
     OutputSpec,
+    PreviewMade,
+    PreviewReady,
     Progress,
     Publish,
     Shutdown,
@@ -43,6 +48,8 @@ from safelight.runtime.messages import (
     Stage,
     Status,
     Subscribe,
+    TensorRef,
+    ToChunks,
 )
 from safelight.runtime.slots import ChunkId, MappedPool
 
@@ -70,8 +77,8 @@ class Server:
         self.slots = MappedPool(pool)
         self.decisions = transport.bind_router(context, self.endpoints.decisions, FromOutput)
         self.control = transport.bind_router(context, self.endpoints.control, FromControlled)
-        self.worker = transport.connect_dealer(context, self.endpoints.chunks, ChunkReady)
-        self.client = transport.connect_dealer(context, self.endpoints.events, Event)
+        self.worker = transport.connect_dealer(context, self.endpoints.chunks, ToChunks)
+        self.client = transport.connect_dealer(context, self.endpoints.events, FromEvents)
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -151,6 +158,35 @@ def test_job_goes_from_chunks_to_a_published_video(server: Server) -> None:
     assert (events[2].status, events[2].artifacts) == (Status.COMPLETED, (artifact,))
     with av.open(artifact.path) as container:
         assert sum(1 for _ in container.decode(video=0)) == 10
+
+
+def test_previews_are_encoded_and_sent_before_the_end(server: Server) -> None:
+    server.answer(OutputHello)
+    server.tell(OutputReset(1))
+    server.answer(OutputReady)
+    server.tell(opened(MediaFormat.MP4, 10))
+    server.client.send(Subscribe(JOB, "me"))
+    assert server.receive(server.client, lambda e: True).progress.stage == Stage.QUEUED
+    pixels = np.full((8, 12, 3), (20, 200, 40), np.uint8)
+    ref = TensorRef(pixels.shape, "uint8", pixels.nbytes, zlib.crc32(pixels.data))
+    for job, attempt, number, described in (
+        (OTHER, 0, 0, ref), (JOB, 0, 0, msgspec.structs.replace(ref, crc32=1)), (JOB, 0, 0, ref), (JOB, 0, 1, ref),
+    ):  # fmt: skip
+        server.worker.send(PreviewReady(job, attempt, 0, number, 5, described), frames=(pixels.tobytes(),))
+    for number in range(2):
+        assert server.client.socket.poll(30_000)
+        received = server.client.receive()
+        assert received is not None
+        made, (data,) = received.message, received.frames
+        assert (type(made), made.job, made.number, made.seq, made.step) == (PreviewMade, JOB, number, number + 1, 5)
+        with Image.open(io.BytesIO(data)) as image:
+            assert (image.format, image.size) == ("JPEG", (WIDTH, HEIGHT))
+            assert np.abs(np.asarray(image).astype(int) - (20, 200, 40)).max() < 6
+    server.tell(DropOutput(JOB, 0))  # the attempt is over: its previews are no news
+    server.answer(OutputDropped)
+    server.worker.send(PreviewReady(JOB, 0, 0, 2, 6, ref), frames=(pixels.tobytes(),))
+    server.tell(Publish(JOB, Status.FAILED))
+    assert server.receive(server.client, lambda e: True).status is Status.FAILED
 
 
 def test_junk_on_every_socket_does_not_end_the_process(server: Server) -> None:

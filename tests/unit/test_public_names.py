@@ -20,7 +20,7 @@ def public(kind: Any) -> set[str]:
 
 
 def test_the_package_offers_these_names() -> None:
-    assert set(safelight.__all__) == {"AsyncClient", "Client", "Engine", "__version__"}
+    assert set(safelight.__all__) == {"AsyncClient", "Client", "Engine", "Preview", "__version__"}
     assert public(safelight.Client) == public(safelight.Engine) == SESSION | {"close"}
     assert public(safelight.AsyncClient) == SESSION
     with pytest.raises(AttributeError, match="Clinet"):

@@ -62,6 +62,81 @@ def test_one_job_walks_the_line() -> None:
     assert world.files == set()
 
 
+def test_those_who_wait_are_told_that_they_moved_up_and_how_long_it_takes() -> None:
+    world = settled(policy_name="fcfs")
+    told: dict[str, list[tuple[int, float]]] = {}
+    receive = world.output.receive
+
+    def note() -> m.ToOutput:
+        message = receive()
+        if isinstance(message, m.Progress) and message.stage == m.Stage.QUEUED:
+            told.setdefault(message.job, []).append((message.position, message.eta_ms or 0.0))
+        return message
+
+    world.output.receive = note  # type: ignore[method-assign]
+    for number in range(6):
+        world.submit(f"job{number}", make_request(steps=6))
+    world.commit()
+    first = ask(world, m.QueryJob("job1", "me")), ask(world, m.QueryJob("job5", "me"))
+    assert first[0].eta_ms < first[1].eta_ms, "who comes earlier is done earlier"
+    world.quiesce()
+    positions = [position for position, _ in told["job5"]]
+    assert positions[0] == 5
+    assert positions == sorted(set(positions), reverse=True)
+    assert len(positions) > 2
+    times = [eta for _, eta in told["job5"]]
+    assert times == sorted(times, reverse=True)
+
+
+def test_previews_follow_their_steps_and_every_output_has_them() -> None:
+    world = settled()
+    world.submit("a", make_request(steps=6, outputs=2, previews=2))
+    world.submit("none", make_request(steps=6))
+    world.quiesce()
+    ops = ops_of(world, "a")
+    for output in range(2):
+        made = [op for op in ops if isinstance(op, m.Preview) and op.index == output]
+        assert made == [m.Preview("a", 0, output, 0, 2), m.Preview("a", 0, output, 1, 4)]
+        for preview in made:
+            before = [op for op in ops[: ops.index(preview)] if isinstance(op, m.Denoise)][-1].units[0]
+            assert (before.index, before.step + 1) == (output, preview.step)
+    assert world.previews == [op for op in ops if isinstance(op, m.Preview)]
+    assert not any(isinstance(op, m.Preview) for op in ops_of(world, "none"))
+    assert world.published["a"].status == m.Status.COMPLETED
+
+
+def test_a_preview_takes_no_slot_and_none_is_made_when_nobody_would_send_it_on() -> None:
+    world = settled(slots=1)
+    free = list(world.core.state.slots.free)
+    world.submit("a", make_request(steps=6, previews=5))
+    while not world.previews:
+        assert list(world.core.state.slots.free) == free
+        world.step()
+    world.core.state.output.ready = False
+    seen = len(ops_of(world, "a"))
+    for _ in range(30):
+        for rank in world.live_ranks():
+            world.run_rank(rank)
+            world.hear_rank(rank)
+    later = ops_of(world, "a")[seen:]
+    assert any(isinstance(op, m.Denoise) for op in later)
+    assert not any(isinstance(op, m.Preview) for op in later)
+
+
+def test_an_error_with_a_preview_is_nobodys_error() -> None:
+    world = settled(ranks=1)
+    execute = world._execute
+
+    def fail(rank: scheduler_world.FakeRank, op: m.Op) -> m.OpResult:
+        wrong = m.OpResult(error=m.ErrorInfo("job_failed", "no colours"))
+        return wrong if isinstance(op, m.Preview) else execute(rank, op)
+
+    world._execute = fail  # type: ignore[method-assign]
+    world.submit("a", make_request(previews=3))
+    world.quiesce()
+    assert world.published["a"].status == m.Status.COMPLETED
+
+
 def test_the_same_submit_returns_the_existing_job_and_another_body_conflicts() -> None:
     world = settled()
     world.submit("a", make_request())

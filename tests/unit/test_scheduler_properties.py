@@ -28,8 +28,9 @@ PROMPTS = ("", "", "", "", "", "abandoned", "killer:1", "killer:3", "failing:0",
 
 def submit_something(world: World, rng: random.Random) -> None:
     request = make_request(
-        rng.randint(1, 6), rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 1, 1, 2]), rng.choice(PROMPTS)
-    )
+        rng.randint(1, 6), rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 1, 1, 2]), rng.choice(PROMPTS),
+        len(world.submits) % 3,
+    )  # fmt: skip
     world.submit(
         f"job{len(world.submits)}", request, attached=rng.random() < 0.7, priority=rng.choice(list(m.Priority)),
         deadline_s=rng.choice([None, None, None, None, 5.0]),
@@ -88,12 +89,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         steps=st.integers(1, 4), outputs=st.integers(1, 2), chunks=st.integers(1, 3), size=st.integers(1, 2),
-        prompt=st.sampled_from(PROMPTS), attached=st.booleans(), priority=st.sampled_from(m.Priority),
+        prompt=st.sampled_from(PROMPTS), previews=st.integers(0, 2), attached=st.booleans(),
+        priority=st.sampled_from(m.Priority),
     )  # fmt: skip
     def submit(
-        self, steps: int, outputs: int, chunks: int, size: int, prompt: str, attached: bool, priority: m.Priority
-    ) -> None:
-        request = make_request(steps, outputs, chunks, size, prompt)
+        self, steps: int, outputs: int, chunks: int, size: int, prompt: str, previews: int, attached: bool,
+        priority: m.Priority,
+    ) -> None:  # fmt: skip
+        request = make_request(steps, outputs, chunks, size, prompt, previews)
         self.world.submit(f"job{len(self.world.submits)}", request, attached=attached, priority=priority)
 
     @precondition(lambda self: self.world.submits)

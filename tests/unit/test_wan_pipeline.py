@@ -19,12 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.sampling_params import SamplingParams
+from safelight.configs.server_args import ServerArgs
 from safelight.runtime.errors import InvalidRequest, JobFailed, ModelError
-from safelight.runtime.messages import GenerationRequest
+from safelight.runtime.launch.folders import create_run_folder
+from safelight.runtime.launch.processes import Group
+from safelight.runtime.launch.specs import worker_spec
+from safelight.runtime.messages import GenerationRequest, SlotPool
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.models.wan.pipeline import WanPipeline
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, Pipeline
+from safelight.runtime.worker.main import _load, _options
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -295,6 +300,28 @@ def test_a_cursor_is_not_changed_by_decoding_from_it(
 # The profile tells the truth
 
 
+@pytest.mark.parametrize(
+    ("flags", "dit", "vae"),
+    [
+        ({}, torch.float32, torch.float32),
+        ({"dit_precision": "bf16"}, torch.bfloat16, torch.float32),
+        ({"vae_precision": "fp16"}, torch.float32, torch.float16),
+        ({"dit_precision": "fp16", "vae_precision": "bf16"}, torch.float16, torch.bfloat16),
+    ],
+)
+def test_the_precision_flags_reach_the_weights(
+    checkpoint: Path, tmp_path: Path, flags: dict[str, str], dit: torch.dtype, vae: torch.dtype
+) -> None:
+    args, run = ServerArgs(device="cpu", **flags), create_run_folder(tmp_path / "state")  # type: ignore[arg-type]
+    worker = worker_spec(args, run, SlotPool("x", 1, 1), checkpoint, "cpu", Group(0), 0)
+    loaded = _load(worker, _options(worker, torch.device("cpu")))
+    assert isinstance(loaded, WanPipeline)
+    assert loaded.transformer.dtype == dit
+    assert {p.dtype for p in loaded.vae.module.parameters()} == {vae}
+    matrices = {p.dtype for block in loaded.transformer.blocks for p in block.parameters() if p.ndim == 2}
+    assert matrices == {dit}
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_frames": 13, "guidance": 1.0}, {"num_frames": 1, "sampler": "euler"}])
 def test_the_profile_describes_what_the_pipeline_holds(
     pipeline: WanPipeline, request_of: Callable[..., GenerationRequest], settings: dict[str, Any]
@@ -303,7 +330,8 @@ def test_the_profile_describes_what_the_pipeline_holds(
     profile = pipeline.profile(request)
     state = advance(pipeline, start(pipeline, request), 3)
     assert tuple(state.latents.shape) == profile.latent_shape
-    memory = [t for t in (state.sampler.last_sample, *state.sampler.model_outputs) if t is not None]
+    sampler = state.sampler
+    memory = [t for t in (sampler.last_sample, sampler.velocity, *sampler.model_outputs) if t is not None]
     assert sum(t.nbytes for t in (state.latents, *memory)) == profile.state_bytes
     text = [t for t in (state.conditioning.positive, state.conditioning.negative) if t is not None]
     assert sum(t.nbytes for t in text) == profile.conditioning_bytes

@@ -13,22 +13,25 @@ import zmq
 
 from safelight.runtime import transport
 from safelight.runtime.messages import (
+    ChunkReady,
     Endpoints,
     FromWorker,
     Heartbeat,
     Inventory,
     InventoryRequest,
     Plan,
+    PreviewReady,
     SlotPool,
+    TensorRef,
     WorkerSpec,
 )
-from safelight.runtime.worker.link import Link
+from safelight.runtime.worker.link import MAX_WAITING, Link
 
 
 class Rig:
     """A rank's link, and the scheduler's end of it."""
 
-    def __init__(self, folder: str, stack: ExitStack) -> None:
+    def __init__(self, folder: str, stack: ExitStack, *, started: bool = True) -> None:
         endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in Endpoints.__struct_fields__))
         spec = WorkerSpec(
             endpoints=endpoints,
@@ -52,9 +55,10 @@ class Rig:
         context: zmq.Context[Any] = stack.enter_context(zmq.Context())
         self.scheduler = stack.enter_context(transport.bind_router(context, endpoints.plans, FromWorker))
         self.link = Link(spec, lambda: ())
-        self.link.start()
-        stack.callback(self.link.close)
-        self.receive(Heartbeat)
+        if started:
+            self.link.start()
+            stack.callback(self.link.close)
+            self.receive(Heartbeat)
 
     def receive(self, kind: type[Any]) -> Any:
         while self.scheduler.socket.poll(5000):
@@ -90,3 +94,15 @@ def test_a_plan_of_an_earlier_scheduler_does_not_pass_for_the_newest_one(rig: Ri
     assert (found.received_epoch, found.last_received, found.last_done) == (2, 0, -1)
     rig.link.note_done(running)
     assert rig.inventory(4).last_done == 0
+
+
+def test_previews_do_not_pile_up_where_output_takes_nothing_and_chunks_are_kept() -> None:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        link = Rig(folder, stack, started=False).link  # nothing is ever sent
+        for number in range(2 * MAX_WAITING):
+            preview = PreviewReady("a", 0, 0, number, 1, TensorRef((1, 1, 3), "uint8", 3, 0))
+            link.send_preview(preview, memoryview(b"rgb"))
+        link.send_chunk(ChunkReady("a", 0, 0, 0, 0, True, 0, 1, 1, 1, 3, 0))
+        kept = [message for message, _ in link._to_output]
+        assert len(kept) == MAX_WAITING + 1
+        assert isinstance(kept[-1], ChunkReady)

@@ -127,6 +127,9 @@ class DiffusersPipeline:
         """The rest of the call; all frames are one chunk."""
         return FrameChunk(state.call.finish()), None
 
+    def preview(self, state: CallState) -> None:
+        """What a call holds between its steps is known to the pipeline alone (`capabilities.previews`)."""
+
     def save(self, state: CallState) -> dict[str, torch.Tensor]:
         """A call that runs cannot be written down (`capabilities.resumes`)."""
         raise JobFailed(f"{self.spec.variant} runs through diffusers, whose calls make no checkpoints")

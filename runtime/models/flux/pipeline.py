@@ -23,6 +23,7 @@ from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Sampler, Schedule, make_sampler, read_image_config
@@ -60,6 +61,7 @@ class FluxPipeline:
     t5: T5
     vae: KlVae
     residency: Residency = field(default_factory=Residency)
+    colours: LatentColours | None = None
 
     @property
     def collective_decode(self) -> bool:
@@ -153,6 +155,10 @@ class FluxPipeline:
         with self.residency.on_device("vae"):
             return FrameChunk(self.vae.frames(state.latents)), None
 
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """See `pipelines.preview`; None for a VAE whose factors are not known."""
+        return self.colours.preview(state) if self.colours else None
+
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         """See `pipelines.state_file`."""
         return save_state(state)
@@ -197,4 +203,5 @@ def load(spec: ModelSpec, options: LoadOptions) -> FluxPipeline:
             ),
         ),
         residency=residency,
+        colours=load_colours(options.vae_path or spec.root / "vae", options.device),
     )

@@ -4,7 +4,7 @@ QwenImageEditPlusPipeline compute, one step of several jobs at a time."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +22,14 @@ from safelight.runtime.models.encoders.qwen2_5_vl import Qwen25VL, SeenPictures,
 from safelight.runtime.models.qwen.pictures import kept_pixels, seen_pictures
 from safelight.runtime.models.qwen.transformer import QwenInputs, QwenTransformer
 from safelight.runtime.models.qwen.weights import load_transformer
+from safelight.runtime.models.residency import Residency
 from safelight.runtime.models.vae.qwen import load_qwen_vae
 from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
 from safelight.runtime.pipelines.grouping import run_in_groups
+from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Schedule, make_sampler, read_image_config
@@ -76,6 +78,8 @@ class QwenPipeline:
     vae: WanVae
     rule: EditRule | None = None
     inputs: InputStore | None = None
+    residency: Residency = field(default_factory=Residency)
+    colours: LatentColours | None = None
 
     @property
     def collective_decode(self) -> bool:
@@ -83,9 +87,8 @@ class QwenPipeline:
         return self.vae.group is not None
 
     def weights_bytes(self) -> int:
-        """Bytes of all resident weights."""
-        modules = (self.transformer, self.text_encoder.module, self.vae.module)
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        """Bytes of all resident weights, and room for those that move in."""
+        return self.residency.weights_bytes(self.transformer, self.text_encoder.module, self.vae.module)
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
@@ -106,7 +109,8 @@ class QwenPipeline:
                     param="token_ids",
                 )
         seen, references = self._pictures(request)
-        rows = self.text_encoder.encode([request.token_ids[name] for name in names], drop, seen)
+        with self.residency.on_device("text_encoder"):
+            rows = self.text_encoder.encode([request.token_ids[name] for name in names], drop, seen)
         positive, *negative = [row.to(self.transformer.dtype) for row in rows]
         return QwenConditioning(positive, negative[0] if negative else None, references)
 
@@ -119,7 +123,8 @@ class QwenPipeline:
             raise JobFailed("this worker was started without a folder of input pictures")
         pictures = [self.inputs.read(image) for image in request.images]
         seen = seen_pictures(pictures, self.rule, self.spec.processor)
-        return seen, tuple(self.vae.encode(kept_pixels(picture, self.rule)) for picture in pictures)
+        with self.residency.on_device("vae"):
+            return seen, tuple(self.vae.encode(kept_pixels(picture, self.rule)) for picture in pictures)
 
     def prepare(self, request: GenerationRequest, conditioning: QwenConditioning, index: int) -> DenoiseState:
         """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""
@@ -183,8 +188,14 @@ class QwenPipeline:
 
     def decode(self, state: DenoiseState, cursor: DecodeCursor | None) -> tuple[FrameChunk, DecodeCursor | None]:
         """The picture, in one chunk."""
-        frames, following = self.vae.decode(state.latents, cursor)
+        with self.residency.on_device("vae") as visit:
+            frames, following = self.vae.decode(state.latents, cursor)
+            visit.more = following is not None
         return FrameChunk(frames), following
+
+    def preview(self, state: DenoiseState) -> Tensor | None:
+        """See `pipelines.preview`; None for a VAE whose factors are not known."""
+        return self.colours.preview(state) if self.colours else None
 
     def save(self, state: DenoiseState) -> dict[str, Tensor]:
         """See `pipelines.state_file`."""
@@ -220,23 +231,30 @@ def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
     edits = spec.images[1] > 0
     flow = read_image_config(spec.sampler)
-    text_encoder = load_qwen2_5_vl(spec.root / "text_encoder", options.device, options.dit_dtype, vision=edits)
-    vae = load_qwen_vae(
-        options.vae_path or spec.root / "vae",
-        options.device,
-        options.vae_dtype,
-        encoder=edits,
-        band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
-        group=options.mesh.world,
-    )
+    residency, vae = options.residency, options.vae_path or spec.root / "vae"
     return QwenPipeline(
         spec=spec,
         device=options.device,
         mesh=options.mesh,
         flow=flow,
         transformer=load_transformer(spec.root / "transformer", options),
-        text_encoder=text_encoder,
-        vae=vae,
+        text_encoder=residency.load(
+            "text_encoder",
+            lambda home: load_qwen2_5_vl(spec.root / "text_encoder", home, options.dit_dtype, vision=edits),
+        ),
+        vae=residency.load(
+            "vae",
+            lambda home: load_qwen_vae(
+                vae,
+                home,
+                options.vae_dtype,
+                encoder=edits,
+                band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
+                group=options.mesh.world,
+            ),
+        ),
         rule=EDIT_RULES.get(spec.images[1]),
         inputs=None if options.input_dir is None else InputStore(options.input_dir),
+        residency=residency,
+        colours=load_colours(vae, options.device),
     )

@@ -47,6 +47,8 @@ BLOCK_NORMS = {  # weight only
 }
 FLOAT32 = ("time_embedding.",)  # parts of names that are float32 whatever the model's dtype
 
+BLOCKS = ("blocks",)  # the lists of blocks, in the order in which forward runs through them
+
 
 def name_map(config: QwenConfig) -> dict[str, tuple[str, ...]]:
     """Our parameter -> the published tensors that it stacks along dim 0."""
@@ -81,7 +83,9 @@ def load_transformer(folder: Path, options: LoadOptions) -> QwenTransformer:
         name_map(config),
         options.device,
         lambda name: parameter_dtype(name, options.dit_dtype),
+        homes=options.residency.homes(*BLOCKS),
     )
     if options.compile:
         model.compile_blocks()
+    options.residency.stream(model, *BLOCKS)
     return model.eval()

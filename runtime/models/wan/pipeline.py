@@ -22,6 +22,7 @@ from safelight.runtime.models.wan.transformer import WanText, WanTransformer
 from safelight.runtime.models.wan.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Sampler, make_sampler, read_config
@@ -60,6 +61,7 @@ class WanPipeline:
     text_encoder: UMT5
     vae: WanVae
     residency: Residency = field(default_factory=Residency)
+    colours: LatentColours | None = None
 
     @property
     def collective_decode(self) -> bool:
@@ -148,6 +150,10 @@ class WanPipeline:
             visit.more = following is not None
         return FrameChunk(frames), following
 
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """See `pipelines.preview`; None for a VAE whose factors are not known."""
+        return self.colours.preview(state) if self.colours else None
+
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         """See `pipelines.state_file`."""
         return save_state(state)
@@ -187,4 +193,5 @@ def load(spec: ModelSpec, options: LoadOptions) -> WanPipeline:
             ),
         ),
         residency=residency,
+        colours=load_colours(options.vae_path or spec.root / "vae", options.device),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.qwen3 import Qwen3, load_qwen3
+from safelight.runtime.models.residency import Residency
 from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.models.zimage.transformer import ZImageText, ZImageTransformer
@@ -23,6 +24,7 @@ from safelight.runtime.models.zimage.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
 from safelight.runtime.pipelines.grouping import run_in_groups
+from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Sampler, Schedule, make_sampler, read_image_config
@@ -58,6 +60,8 @@ class ZImagePipeline:
     transformer: ZImageTransformer
     text_encoder: Qwen3
     vae: KlVae
+    residency: Residency = field(default_factory=Residency)
+    colours: LatentColours | None = None
 
     @property
     def collective_decode(self) -> bool:
@@ -65,9 +69,8 @@ class ZImagePipeline:
         return self.vae.group is not None
 
     def weights_bytes(self) -> int:
-        """Bytes of all resident weights."""
-        modules = (self.transformer, self.text_encoder.module, self.vae.module)
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        """Bytes of all resident weights, and room for those that move in."""
+        return self.residency.weights_bytes(self.transformer, self.text_encoder.module, self.vae.module)
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
@@ -85,7 +88,8 @@ class ZImagePipeline:
                 raise InvalidRequest(
                     f"token_ids[{name!r}]: 1 to {MOST_TEXT_TOKENS} ids expected, got {count}", param="token_ids"
                 )
-        rows = self.text_encoder.encode([request.token_ids[name] for name in names])
+        with self.residency.on_device("text_encoder"):
+            rows = self.text_encoder.encode([request.token_ids[name] for name in names])
         positive, *negative = [self.transformer.caption(row[None])[0] for row in rows]
         return ZImageConditioning(positive, negative[0] if negative else None)
 
@@ -153,7 +157,12 @@ class ZImagePipeline:
 
     def decode(self, state: DenoiseState, cursor: None) -> tuple[FrameChunk, None]:
         """The picture, in one piece."""
-        return FrameChunk(self.vae.frames(state.latents)), None
+        with self.residency.on_device("vae"):
+            return FrameChunk(self.vae.frames(state.latents)), None
+
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """See `pipelines.preview`; None for a VAE whose factors are not known."""
+        return self.colours.preview(state) if self.colours else None
 
     def save(self, state: DenoiseState) -> dict[str, torch.Tensor]:
         """See `pipelines.state_file`."""
@@ -186,19 +195,27 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, state: DenoiseState) -> torc
 
 def load(spec: ModelSpec, options: LoadOptions) -> ZImagePipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
-    flow = replace(read_image_config(spec.sampler), torch_table=True)
+    flow, residency = replace(read_image_config(spec.sampler), torch_table=True), options.residency
+    vae = options.vae_path or spec.root / "vae"
     return ZImagePipeline(
         spec=spec,
         device=options.device,
         mesh=options.mesh,
         flow=flow,
         transformer=load_transformer(spec.root / "transformer", options),
-        text_encoder=load_qwen3(spec.root / "text_encoder", options.device, options.dit_dtype),
-        vae=load_kl_vae(
-            options.vae_path or spec.root / "vae",
-            options.device,
-            options.vae_dtype,
-            band_rows=KL_BAND_ROWS if options.vae_tiling else None,
-            group=options.mesh.world,
+        text_encoder=residency.load(
+            "text_encoder", lambda home: load_qwen3(spec.root / "text_encoder", home, options.dit_dtype)
         ),
+        vae=residency.load(
+            "vae",
+            lambda home: load_kl_vae(
+                vae,
+                home,
+                options.vae_dtype,
+                band_rows=KL_BAND_ROWS if options.vae_tiling else None,
+                group=options.mesh.world,
+            ),
+        ),
+        residency=residency,
+        colours=load_colours(vae, options.device),
     )

@@ -47,6 +47,8 @@ MODULATED: dict[str, str] = {"noise_refiner": "noise_refiner", "blocks": "layers
 PLAIN: dict[str, str] = {"context_refiner": "context_refiner"}
 FLOAT32 = ("time_in.", "time_out.")  # beginnings of names that stay float32
 
+BLOCKS = ("blocks",)  # the lists of blocks that are streamed; the refiners, 4 blocks of 34, stay
+
 
 def name_map(config: ZImageConfig) -> dict[str, tuple[str, ...]]:
     """Our parameter -> the published tensors that it stacks along dim 0."""
@@ -83,7 +85,9 @@ def load_transformer(folder: Path, options: LoadOptions) -> ZImageTransformer:
         name_map(config),
         options.device,
         lambda name: parameter_dtype(name, options.dit_dtype),
+        homes=options.residency.homes(*BLOCKS),
     )
     if options.compile:
         model.compile_blocks()
+    options.residency.stream(model, *BLOCKS)
     return model.eval()
