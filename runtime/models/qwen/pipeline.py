@@ -4,7 +4,7 @@ QwenImageEditPlusPipeline compute, one step of several jobs at a time."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from safelight.runtime.models.encoders.qwen2_5_vl import Qwen25VL, SeenPictures,
 from safelight.runtime.models.qwen.pictures import kept_pixels, seen_pictures
 from safelight.runtime.models.qwen.transformer import QwenInputs, QwenTransformer
 from safelight.runtime.models.qwen.weights import load_transformer
+from safelight.runtime.models.residency import Residency
 from safelight.runtime.models.vae.qwen import load_qwen_vae
 from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae
@@ -76,6 +77,7 @@ class QwenPipeline:
     vae: WanVae
     rule: EditRule | None = None
     inputs: InputStore | None = None
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def collective_decode(self) -> bool:
@@ -83,9 +85,8 @@ class QwenPipeline:
         return self.vae.group is not None
 
     def weights_bytes(self) -> int:
-        """Bytes of all resident weights."""
-        modules = (self.transformer, self.text_encoder.module, self.vae.module)
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        """Bytes of all resident weights, and room for those that move in."""
+        return self.residency.weights_bytes(self.transformer, self.text_encoder.module, self.vae.module)
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         """The profile that frontend and scheduler compute from the same request."""
@@ -105,21 +106,26 @@ class QwenPipeline:
                     f"token_ids[{name!r}]: {drop + 1} to {drop + limit} ids expected, got {count + drop}",
                     param="token_ids",
                 )
-        seen, references = self._pictures(request)
-        rows = self.text_encoder.encode([request.token_ids[name] for name in names], drop, seen)
+        seen, kept = self._pictures(request)
+        with self.residency.on_device("text_encoder"):
+            rows = self.text_encoder.encode([request.token_ids[name] for name in names], drop, seen)
         positive, *negative = [row.to(self.transformer.dtype) for row in rows]
+        references: tuple[Tensor, ...] = ()
+        if kept:
+            with self.residency.on_device("vae"):
+                references = tuple(self.vae.encode(pixels) for pixels in kept)
         return QwenConditioning(positive, negative[0] if negative else None, references)
 
-    def _pictures(self, request: GenerationRequest) -> tuple[SeenPictures | None, tuple[Tensor, ...]]:
-        """The request's pictures for the text encoder, and as latents."""
+    def _pictures(self, request: GenerationRequest) -> tuple[SeenPictures | None, list[Tensor]]:
+        """The request's pictures as the text encoder and as the VAE take them."""
         if not request.images:
-            return None, ()
+            return None, []
         assert self.rule is not None, "the model takes pictures"
         if self.inputs is None:
             raise JobFailed("this worker was started without a folder of input pictures")
         pictures = [self.inputs.read(image) for image in request.images]
         seen = seen_pictures(pictures, self.rule, self.spec.processor)
-        return seen, tuple(self.vae.encode(kept_pixels(picture, self.rule)) for picture in pictures)
+        return seen, [kept_pixels(picture, self.rule) for picture in pictures]
 
     def prepare(self, request: GenerationRequest, conditioning: QwenConditioning, index: int) -> DenoiseState:
         """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""
@@ -183,7 +189,8 @@ class QwenPipeline:
 
     def decode(self, state: DenoiseState, cursor: DecodeCursor | None) -> tuple[FrameChunk, DecodeCursor | None]:
         """The picture, in one chunk."""
-        frames, following = self.vae.decode(state.latents, cursor)
+        with self.residency.on_device("vae"):
+            frames, following = self.vae.decode(state.latents, cursor)
         return FrameChunk(frames), following
 
     def save(self, state: DenoiseState) -> dict[str, Tensor]:
@@ -219,15 +226,21 @@ def _scale(request: GenerationRequest) -> float:
 def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
     edits = spec.images[1] > 0
-    flow = read_image_config(spec.sampler)
-    text_encoder = load_qwen2_5_vl(spec.root / "text_encoder", options.device, options.dit_dtype, vision=edits)
-    vae = load_qwen_vae(
-        options.vae_path or spec.root / "vae",
-        options.device,
-        options.vae_dtype,
-        encoder=edits,
-        band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
-        group=options.mesh.world,
+    flow, residency = read_image_config(spec.sampler), options.residency
+    text_encoder = residency.load(
+        "text_encoder",
+        lambda home: load_qwen2_5_vl(spec.root / "text_encoder", home, options.dit_dtype, vision=edits),
+    )
+    vae = residency.load(
+        "vae",
+        lambda home: load_qwen_vae(
+            options.vae_path or spec.root / "vae",
+            home,
+            options.vae_dtype,
+            encoder=edits,
+            band_rows=WAN_BAND_ROWS if options.vae_tiling else None,
+            group=options.mesh.world,
+        ),
     )
     return QwenPipeline(
         spec=spec,
@@ -239,4 +252,5 @@ def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
         vae=vae,
         rule=EDIT_RULES.get(spec.images[1]),
         inputs=None if options.input_dir is None else InputStore(options.input_dir),
+        residency=residency,
     )

@@ -45,6 +45,7 @@ BLOCK_NORMS = {  # weight only
     "attention.norm_text_q": "attn.norm_added_q",
     "attention.norm_text_k": "attn.norm_added_k",
 }
+BLOCKS = ("blocks",)  # lists of them, in the order of forward
 FLOAT32 = ("time_embedding.",)  # parts of names that are float32 whatever the model's dtype
 
 
@@ -81,7 +82,9 @@ def load_transformer(folder: Path, options: LoadOptions) -> QwenTransformer:
         name_map(config),
         options.device,
         lambda name: parameter_dtype(name, options.dit_dtype),
+        homes=options.residency.homes(*BLOCKS),
     )
     if options.compile:
         model.compile_blocks()
+    options.residency.stream(model, *BLOCKS)
     return model.eval()
