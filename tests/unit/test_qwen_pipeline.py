@@ -324,6 +324,18 @@ def test_a_step_never_reads_a_value_back_from_the_device(parity: Any, edits: Any
     assert not seen & waiting
 
 
+def test_weights_in_host_memory_give_the_same_bits(checkpoints: Checkpoints, edits: Any) -> None:
+    cpu, case = torch.device("cpu"), Case("", pictures=1, steps=2)
+    moved = ("text_encoder", "vae", "dit")
+    options = LoadOptions(cpu, torch.float32, torch.float32, None, ParallelMesh.single(), offload=moved)
+    ours = edits.small(load_pipeline(checkpoints.root("qwen-image-edit-plus"), options))
+    for made, expected in zip(edits.run_ours(case, ours), edits.run_ours(case), strict=True):
+        assert torch.equal(made, expected)
+    assert not options.residency.unused()
+    assert options.residency.components_on_device() == ()
+    assert ours.weights_bytes() < edits.ours.weights_bytes()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The profile tells the truth
 

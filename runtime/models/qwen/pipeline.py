@@ -108,23 +108,26 @@ class QwenPipeline:
                     f"token_ids[{name!r}]: {drop + 1} to {drop + limit} ids expected, got {count + drop}",
                     param="token_ids",
                 )
-        seen, references = self._pictures(request)
+        seen, kept = self._pictures(request)
         with self.residency.on_device("text_encoder"):
             rows = self.text_encoder.encode([request.token_ids[name] for name in names], drop, seen)
         positive, *negative = [row.to(self.transformer.dtype) for row in rows]
+        references: tuple[Tensor, ...] = ()
+        if kept:
+            with self.residency.on_device("vae"):
+                references = tuple(self.vae.encode(pixels) for pixels in kept)
         return QwenConditioning(positive, negative[0] if negative else None, references)
 
-    def _pictures(self, request: GenerationRequest) -> tuple[SeenPictures | None, tuple[Tensor, ...]]:
-        """The request's pictures for the text encoder, and as latents."""
+    def _pictures(self, request: GenerationRequest) -> tuple[SeenPictures | None, list[Tensor]]:
+        """The request's pictures as the text encoder and as the VAE take them."""
         if not request.images:
-            return None, ()
+            return None, []
         assert self.rule is not None, "the model takes pictures"
         if self.inputs is None:
             raise JobFailed("this worker was started without a folder of input pictures")
         pictures = [self.inputs.read(image) for image in request.images]
         seen = seen_pictures(pictures, self.rule, self.spec.processor)
-        with self.residency.on_device("vae"):
-            return seen, tuple(self.vae.encode(kept_pixels(picture, self.rule)) for picture in pictures)
+        return seen, [kept_pixels(picture, self.rule) for picture in pictures]
 
     def prepare(self, request: GenerationRequest, conditioning: QwenConditioning, index: int) -> DenoiseState:
         """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""

@@ -45,9 +45,8 @@ BLOCK_NORMS = {  # weight only
     "attention.norm_text_q": "attn.norm_added_q",
     "attention.norm_text_k": "attn.norm_added_k",
 }
-FLOAT32 = ("time_embedding.",)  # parts of names that are float32 whatever the model's dtype
-
 BLOCKS = ("blocks",)  # the lists of blocks, in the order in which forward runs through them
+FLOAT32 = ("time_embedding.",)  # parts of names that are float32 whatever the model's dtype
 
 
 def name_map(config: QwenConfig) -> dict[str, tuple[str, ...]]:
