@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from safelight.configs.network import address_towards, free_ports, interface_add
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.server_args import ServerArgs
 from safelight.configs.worker_args import WorkerArgs
+from safelight.entrypoints.jobs import request_of
 from safelight.runtime.errors import ConfigError, InvalidRequest
+from safelight.runtime.messages import MediaFormat, MediaSpec
+from safelight.runtime.text.raw import RawPrompts
 
 CONFIGS = (SamplingParams, GenerateArgs, ServerArgs)
 
@@ -210,3 +214,12 @@ def test_environment_variables_of_ours_win_over_sglangs() -> None:
 def test_an_unknown_variable_of_ours_is_an_error() -> None:
     with pytest.raises(ConfigError, match="did you mean 'SAFELIGHT_DEVICE'"):
         from_environment({"SAFELIGHT_DEVIEC": "cpu"})
+
+
+def test_the_parameters_of_a_request_are_those_that_it_was_made_of() -> None:
+    params = SamplingParams(
+        prompt="a", negative_prompt="b", height=3, width=4, num_frames=5, fps=6, num_inference_steps=7,
+        guidance_scale=8.0, seed=9, num_outputs_per_prompt=10, sampler="c", true_cfg_scale=11.0,
+    )  # fmt: skip
+    assert None not in dataclasses.astuple(params)
+    assert SamplingParams.of(request_of(RawPrompts(), params, MediaSpec(MediaFormat.PNG))) == params
