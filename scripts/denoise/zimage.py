@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_checkpoint import make
 from torch import Tensor
 
 from safelight.configs.families.base import ModelSpec
@@ -22,7 +23,7 @@ from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import make_sampler, read_image_config
 
-CHECKPOINT, SIZES = "z-image-turbo", ("full", "tiny")
+SIZES = ("full", "tiny")
 DEFAULTS = {"frames": 1, "height": 1024, "width": 1024}
 CAPTION, STEPS = 100, 8
 
@@ -30,7 +31,8 @@ CAPTION, STEPS = 100, 8
 class Bench:
     """Transformers and inputs; a sample is (latents, timestep of 1000, hidden states)."""
 
-    def __init__(self, root: Path, device: torch.device, frames: int, height: int, width: int) -> None:
+    def __init__(self, root: Path, size: str, device: torch.device, frames: int, height: int, width: int) -> None:
+        make("z-image-turbo", root, size, components=("transformer", "scheduler"), device=device)
         self.root, self.folder, self.device = root, root / "transformer", device
         self.config = ZImageConfig.from_json(read_json(self.folder / "config.json"))
         self.shape = (self.config.in_channels, frames, height // 8, width // 8)

@@ -21,12 +21,8 @@ import torch
 import torch.distributed as dist
 
 LIMIT_S = 90.0  # of a set of processes; a collective gives up after two thirds of it
-_PRELOAD = [
-    "torch",
-    "hypothesis",
-    "safelight.runtime.models.wan.pipeline",
-    "safelight.runtime.models.flux.pipeline",
-]
+_PRELOAD = ["torch", "safelight.runtime.models.wan.pipeline", "safelight.runtime.models.flux.pipeline"]
+_PRELOAD_CPU = [*_PRELOAD, "hypothesis"]  # whose plugins may use CUDA, and then no forked process can
 
 
 def module(path: Path) -> ModuleType:
@@ -46,7 +42,7 @@ def run_ranks(program: Path, world: int, folder: Path, *arguments: Any, backend:
     Raises AssertionError as soon as one fails, with what it raised, or when they take longer than LIMIT_S.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(_PRELOAD_CPU if backend == "gloo" else _PRELOAD)
     errors = context.SimpleQueue()
     ranks = [
         context.Process(target=_rank, args=(program, backend, rank, world, folder, errors, arguments))
