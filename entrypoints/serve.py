@@ -95,6 +95,11 @@ def listen(http: HttpArgs) -> socket.socket:
     return listening
 
 
+def most_pixels(spec: ModelSpec) -> int:
+    """Of a result, where no limit is given: twice the model's default size."""
+    return max(MIN_PIXELS, 2 * (spec.defaults.height or 0) * (spec.defaults.width or 0))
+
+
 def frame_bytes(spec: ModelSpec, max_pixels: int) -> int:
     """The largest chunk of decoded frames of any request within the limits."""
     family, params = FAMILIES[spec.family], spec.defaults
@@ -160,9 +165,8 @@ class _Serve:
 
     def _limits(self, spec: ModelSpec) -> RequestLimits:
         http = self._http
-        default = (spec.defaults.height or 0) * (spec.defaults.width or 0)
         return RequestLimits(
-            http.max_pixels if http.max_pixels is not None else max(MIN_PIXELS, 2 * default),
+            http.max_pixels if http.max_pixels is not None else most_pixels(spec),
             http.max_frames,
             http.max_steps,
             http.max_outputs,

@@ -17,7 +17,7 @@ from safelight.entrypoints import address_card, client
 from safelight.entrypoints.model_path import find_root
 from safelight.entrypoints.previews import Preview
 from safelight.entrypoints.results import RequestMaker, Result
-from safelight.entrypoints.serve import MIN_PIXELS, frame_bytes
+from safelight.entrypoints.serve import frame_bytes, most_pixels
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch.supervisor import Supervisor
 from safelight.runtime.messages import Endpoints, Event, Priority, Progress, Status
@@ -126,11 +126,11 @@ class Engine(Session):
     The arguments are the flags of `safelight serve` that concern model and processes, with underscores.
     """
 
-    def __init__(self, model_path: str | None = None, *, max_pixels: int = MIN_PIXELS, **args: Any) -> None:
+    def __init__(self, model_path: str | None = None, *, max_pixels: int | None = None, **args: Any) -> None:
         settings = ServerArgs(model_path=model_path, **args)
         root = find_root(settings, logging.getLogger(__name__).info)
         spec = identify(root, settings.backend, settings.trust_remote_code)
-        self._server = Supervisor(settings, root, frame_bytes(spec, max_pixels)).start()
+        self._server = Supervisor(settings, root, frame_bytes(spec, max_pixels or most_pixels(spec))).start()
         try:
             self._server.wait_ready(settings.startup_timeout_s)
             super().__init__(self._server.endpoints, spec, self._server.inputs, "local", settings.vae_path)

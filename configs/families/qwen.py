@@ -32,7 +32,7 @@ ASPECT_RATIOS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "3:2": (1584, 1056), "2:3": (1056, 1584),
     }
 )  # fmt: skip
-LARGEST = 4096  # pixels of a side
+LARGEST = 8192  # pixels of a side; rotary positions go further
 _CREATES, _EDITS = "text-to-image", "image-edit"
 _WIDTH_OF_SMALL = 1024  # a custom transformer narrower than this is a test's, and makes small pictures
 
@@ -48,7 +48,8 @@ _PUBLISHED = SamplingParams(
     num_outputs_per_prompt=1,
     sampler="euler",
 )
-_SMALL = SamplingParams(height=128, width=128, num_inference_steps=20).merged_over(_PUBLISHED)
+_SMALL = SamplingParams(height=128, width=128)
+_FEW_STEPS = SamplingParams(num_inference_steps=20)
 _EDITING = SamplingParams(height=1024, width=1024).merged_over(_PUBLISHED)
 _EDITING_PLUS = SamplingParams(num_inference_steps=40).merged_over(_EDITING)
 
@@ -147,7 +148,10 @@ def identify(index: Mapping[str, Any], root: Path) -> ModelSpec:
     sampler = read_settings(root / "scheduler" / "scheduler_config.json")
     variant = _variant(pictures[1], transformer, root)
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    defaults = variant.defaults if width >= _WIDTH_OF_SMALL else _SMALL
+    defaults = variant.defaults
+    if width < _WIDTH_OF_SMALL:
+        defaults = _FEW_STEPS.merged_over(defaults)
+        defaults = defaults if pictures[1] else _SMALL.merged_over(defaults)  # edits have the size of their picture
     return ModelSpec(
         "qwen", variant.name, root, variant.task, defaults, transformer, vae, text_encoder, sampler=sampler,
         processor=processor, images=pictures,

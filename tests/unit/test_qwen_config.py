@@ -21,6 +21,7 @@ from safelight.configs.generate_args import GenerateArgs
 from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.jobs import check_jobs, request_of
 from safelight.entrypoints.plan import find_model
+from safelight.entrypoints.serve import frame_bytes, most_pixels
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 from safelight.runtime.text.qwen import PLACEHOLDER, TEMPLATES, QwenTokenizer, load_tokenizer
 
@@ -174,7 +175,7 @@ def test_every_recommended_size_and_other_multiples_of_16_are_valid(specs: dict[
     ("changes", "param", "message"),
     [
         ({"width": 1000}, "width", "the nearest are 992 and 1008"),
-        ({"height": 8}, "height", "from 16 to 4096"),
+        ({"height": 8}, "height", "from 16 to 8192"),
         ({"num_frames": 5}, "num_frames", "Qwen-Image makes pictures"),
         ({"guidance_scale": 4.0}, "guidance_scale", "true_cfg_scale steers it"),
         ({"true_cfg_scale": -1.0}, "true_cfg_scale", "0.0 to 100.0"),
@@ -230,6 +231,17 @@ def test_a_result_of_no_asked_size_has_the_shape_of_its_picture(specs: dict[str,
     assert (of_last.width, of_last.height) == (736, 1440)
     assert SamplingParams(width=512).merged_over(of_last).height == 1440
     assert size_of(specs["qwen-image"], []) == SamplingParams()
+
+
+def test_a_server_of_the_default_limits_makes_results_in_the_shape_of_any_picture(specs: dict[str, ModelSpec]) -> None:
+    for spec in specs.values():
+        limit = most_pixels(spec)
+        assert (spec.defaults.width or 0) * (spec.defaults.height or 0) <= limit
+        for size in [(w, h) for w, h in (*SIZES, (6000, 100), (100, 6000)) if max(w, h) <= 60 * min(w, h)]:
+            made = size_of(spec, [size]).merged_over(spec.defaults)
+            validate(spec, made)
+            assert (made.width or 0) * (made.height or 0) <= limit
+            assert FAMILY.profile(spec, made).chunk_bytes <= frame_bytes(spec, limit)
 
 
 def test_a_job_takes_its_size_from_its_picture_and_its_ids_count_the_pictures_tokens(
