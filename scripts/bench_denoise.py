@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import statistics
 import subprocess
@@ -30,6 +31,9 @@ from torch import Tensor
 from safelight.kernels.dispatch import reference_kernels, triton_kernels
 
 Forward = Callable[..., Tensor]  # a sample of the family's -> prediction
+VARIANTS = (
+    "diffusers", "diffusers_compiled", "ours_reference", "ours_compiled", "ours_triton", "ours_triton_compiled",
+)  # fmt: skip
 TIMESTEPS = (1.0, 250.0, 500.0, 750.0, 999.0)
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(denoise.__path__))
 
@@ -62,6 +66,10 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
+class BrokenDevice(Exception):
+    """A variant (the first argument) after which the device has to be taken anew."""
+
+
 def prepare(made: dict[str, Callable[[], Forward]], bench: Any, errors: dict[str, str]) -> dict[str, Forward]:
     """Builds and warms up every variant; what fails goes to `errors`."""
     ready: dict[str, Forward] = {}
@@ -74,6 +82,8 @@ def prepare(made: dict[str, Callable[[], Forward]], bench: Any, errors: dict[str
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()
             ready[name] = forward
+        except torch.AcceleratorError as error:  # the device takes no more work of this process
+            raise BrokenDevice(name, str(error)[:200]) from error
         except Exception as error:  # a failing variant must not lose the others' figures
             errors[name] = f"{type(error).__name__}: {error}"[:600]
         print(f"{name}: ready after {time.perf_counter() - start:.1f} s {errors.get(name, '')}", file=sys.stderr)
@@ -196,6 +206,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="pipeline steps to time")
     parser.add_argument("--only", help="comma-separated variants; default: all")
     parser.add_argument(
+        "--failed", default="", help="of variants that broke the device (the script starts itself again)"
+    )
+    parser.add_argument(
         "--accuracy-all", action="store_true", help="distances of compiled variants too (compiles again)"
     )
     args = parser.parse_args()
@@ -206,9 +219,15 @@ def main() -> int:
     for name, value in family.DEFAULTS.items():
         setattr(args, name, getattr(args, name) or value)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
-        root = Path(temporary)
-        measured = measure(args, family.Bench(root, args.size, device, args.frames, args.height, args.width))
+    try:
+        with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+            root = Path(temporary)
+            measured = measure(args, family.Bench(root, args.size, device, args.frames, args.height, args.width))
+    except BrokenDevice as broken:
+        name, why = broken.args
+        left = [n for n in (args.only or ",".join(VARIANTS)).split(",") if n != name]
+        again = [*sys.argv, "--only", ",".join(left), "--failed", f"{args.failed};{name}: {why}".lstrip(";")]
+        os.execv(sys.executable, [sys.executable, *again])
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(json.dumps({"commit": commit(), "device": name, "torch": torch.__version__, **vars(args), **measured}))
     return 0

@@ -81,14 +81,30 @@ class JointAttention(nn.Module):
         of_text, of_image = (Rotary(*(table[part] for table in rotary)) for part in (slice(own), slice(own, None)))
         texts = self.text_qkv(text, adapters_of(adapters, "text_qkv")).chunk(3, dim=-1)
         images = self.qkv(image, adapters_of(adapters, "qkv")).chunk(3, dim=-1)
-        joint = image.new_empty(3, image.shape[0], own + image.shape[1], image.shape[2])
-        for place, norms in enumerate(((self.norm_text_q, self.norm_q), (self.norm_text_k, self.norm_k))):
-            norms[0](texts[place], *of_text, out=joint[place, :, :own])
-            norms[1](images[place], *of_image, out=joint[place, :, own:])
-        joint[2, :, :own], joint[2, :, own:] = texts[2], images[2]
-        q, k, v = torch.unflatten(joint, 3, (self.heads, self.norm_q.head_dim))
+        q, k, v = self._joint(texts, images, of_text, of_image)
         attended = self.groups.attention(q, k, v, share.length, self.kernels).flatten(2)
         own_text, own_image = share.split(attended)
         y: Tensor = self.text_out(own_text, adapters_of(adapters, "text_out"))
         z: Tensor = self.out(own_image, adapters_of(adapters, "out"))
         return y, z
+
+    def _joint(
+        self, texts: tuple[Tensor, ...], images: tuple[Tensor, ...], of_text: Rotary, of_image: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the text (B, t, E) and of the image (B, s, E) -> q, k, v of both, (B, t + s, H, D)."""
+        norms = (self.norm_text_q, self.norm_q), (self.norm_text_k, self.norm_k)
+        if torch.compiler.is_compiling():  # Inductor lays tensors out anew, and a fused kernel would miss its part
+            made = [
+                torch.cat((first(t, *of_text), then(i, *of_image)), dim=1)
+                for (first, then), t, i in zip(norms, texts, images, strict=False)
+            ]
+            values = torch.cat((texts[2], images[2]), dim=1)
+            return made[0], made[1], torch.unflatten(values, 2, (self.heads, self.norm_q.head_dim))
+        own, image = texts[0].shape[1], images[0]
+        joint = image.new_empty(3, image.shape[0], own + image.shape[1], image.shape[2])
+        for place, (first, then) in enumerate(norms):
+            first(texts[place], *of_text, out=joint[place, :, :own])
+            then(images[place], *of_image, out=joint[place, :, own:])
+        joint[2, :, :own], joint[2, :, own:] = texts[2], images[2]
+        q, k, v = torch.unflatten(joint, 3, (self.heads, self.norm_q.head_dim))
+        return q, k, v

@@ -16,6 +16,8 @@ from safelight.runtime.parallel.mesh import ParallelMesh
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32"),  # on compiling for float32
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # torch's own, on compiling
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),  # torch says so at its first use
 ]
 
@@ -162,7 +164,6 @@ def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
     assert torch.equal(out, model(*fresh))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # from within torch
 def test_compiled_blocks_equal_eager_ones() -> None:
     sample = inputs(frames=2)
     eager = build(torch.float32, reference_kernels())(*sample)

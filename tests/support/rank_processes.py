@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -21,8 +22,12 @@ import torch
 import torch.distributed as dist
 
 LIMIT_S = 90.0  # of a set of processes; a collective gives up after two thirds of it
-_PRELOAD = ["torch", "safelight.runtime.models.wan.pipeline", "safelight.runtime.models.flux.pipeline"]
-_PRELOAD_CPU = [*_PRELOAD, "hypothesis"]  # whose plugins may use CUDA, and then no forked process can
+_PRELOAD = [
+    "torch",
+    "hypothesis",
+    "safelight.runtime.models.wan.pipeline",
+    "safelight.runtime.models.flux.pipeline",
+]
 
 
 def module(path: Path) -> ModuleType:
@@ -41,8 +46,9 @@ def run_ranks(program: Path, world: int, folder: Path, *arguments: Any, backend:
 
     Raises AssertionError as soon as one fails, with what it raised, or when they take longer than LIMIT_S.
     """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or imports ask CUDA, and no forked process can use it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD_CPU if backend == "gloo" else _PRELOAD)
+    context.set_forkserver_preload(_PRELOAD)
     errors = context.SimpleQueue()
     ranks = [
         context.Process(target=_rank, args=(program, backend, rank, world, folder, errors, arguments))
