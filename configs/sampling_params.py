@@ -66,6 +66,7 @@ class SamplingParams:
             true_cfg_scale=request.true_cfg_scale,
             cfg_normalization=request.cfg_normalization,
             cfg_truncation=request.cfg_truncation,
+            previews=request.previews,
         )
 
     def merged_over(self, defaults: SamplingParams) -> SamplingParams:

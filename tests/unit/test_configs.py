@@ -220,6 +220,7 @@ def test_the_parameters_of_a_request_are_those_that_it_was_made_of() -> None:
     params = SamplingParams(
         prompt="a", negative_prompt="b", height=3, width=4, num_frames=5, fps=6, num_inference_steps=7,
         guidance_scale=8.0, seed=9, num_outputs_per_prompt=10, sampler="c", true_cfg_scale=11.0,
+        cfg_normalization=12.0, cfg_truncation=13.0, previews=14,
     )  # fmt: skip
     assert None not in dataclasses.astuple(params)
     assert SamplingParams.of(request_of(RawPrompts(), params, MediaSpec(MediaFormat.PNG))) == params
