@@ -5,10 +5,11 @@
     PYTHONPATH=src python scripts/bench_parallel.py --device cpu --tiny         # the same on gloo, in seconds
     PYTHONPATH=src python scripts/bench_parallel.py --predict                   # the table of docs/parallelism.md
 
-Parts: `check` (layouts against one GPU), `links` (the collectives alone), `step` (a guided step by model
-and size, milliseconds, what it sends, and where its time goes by the profiler), `diffusers` (its context parallelism),
-`vae` (decoding shared). One JSON line a case as soon as it is known, a Markdown table at the end. A case that fails is
-reported with its error, and the others go on; past the budget nothing starts, and what runs is ended.
+Parts: `check` (layouts against one GPU), `links` (the collectives alone), `step` (a guided step of Wan by model and
+size, milliseconds, what it sends, and where its time goes by the profiler), `diffusers` (its context parallelism),
+`vae` (decoding shared), and, when asked for, `images` (a step of FLUX.1-dev and Qwen-Image at 1024 and 2048). One JSON
+line a case as soon as it is known, a Markdown table at the end. A case that fails is reported with its error, and the
+others go on; past the budget nothing starts, and what runs is ended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from parallel_plan import Case, Settings, run_rank
 from safelight.configs.parallel import Degrees, WantedDegrees, choose_degrees
 from safelight.configs.parallel_costs import H200, predict
 
-PARTS = ("check", "links", "step", "diffusers", "vae")
+PARTS = ("check", "links", "step", "diffusers", "vae")  # and "images", when it is asked for
+IMAGE_MODELS, IMAGE_SIZES = ("FLUX.1-dev", "Qwen-Image"), ("1024", "2048")
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 START_S = 120.0  # until the ranks of a new world say hello
 
@@ -80,6 +82,12 @@ def cases_of(args: argparse.Namespace, ranks: int) -> list[Case]:
         Case("vae"),
         *[Case("diffusers", args.models[0], args.sizes[0], layout) for layout in theirs],
         *last,
+        *[
+            Case("images", model, size, layout)
+            for model in IMAGE_MODELS
+            for size in (IMAGE_SIZES[:1] if args.tiny else IMAGE_SIZES)
+            for layout in ["1x1x1", *layouts]
+        ],
     ]
     return [case for case in ordered if case.part in args.parts]
 
@@ -110,9 +118,9 @@ class Report:
         )
         print("|---" * 10 + "|")
         for case, result in self.results:
-            if case.part not in ("step", "diffusers"):
+            if case.part not in ("step", "images", "diffusers"):
                 continue
-            name = "ours" if case.part == "step" else "diffusers"
+            name = "diffusers" if case.part == "diffusers" else "ours"
             cells = [name, case.model, case.size, case.layout]
             if "ms" in result:
                 trace = result.get("trace", {})
@@ -192,7 +200,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="default: every GPU; on a CPU two")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models and pictures")
-    parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)},images")
     parser.add_argument("--models", type=names, default=["1.3B", "14B"])
     parser.add_argument("--sizes", type=names, default=["480p", "720p"])
     parser.add_argument("--layouts", type=names, help="cfg x ring x ulysses, as 2x1x1,1x1x2; default: all")

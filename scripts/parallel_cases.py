@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from parallel_images import images
 from parallel_links import links
 from parallel_models import (
     GuidedStep,
@@ -200,4 +201,5 @@ def _largest(made: Tensor, exact: Tensor) -> float:
 
 CASES: dict[str, Callable[[World, Case], dict[str, Any]]] = {
     "check": check, "step": step, "links": links, "diffusers": diffusers, "vae": vae,
+    "images": images,
 }  # fmt: skip

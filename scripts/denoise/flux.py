@@ -35,6 +35,7 @@ class Bench:
 
     def __init__(self, root: Path, size: str, device: torch.device, frames: int, height: int, width: int) -> None:
         self.root, self.device, self.size = root, device, (height, width)
+        self.mesh = ParallelMesh.single()  # of what is made from now on
         self.build = {"full": full, "tiny": tiny}[size](True).components["transformer"].build
         self.base = self._reference(torch.bfloat16)
         randomize(self.base, torch.Generator(device).manual_seed(0))
@@ -61,7 +62,7 @@ class Bench:
     def model(self, kernels: KernelSet, compiled: bool) -> FluxTransformer:
         """Ours with a given kernel set (the runtime's own choice is `load_transformer`)."""
         with torch.device("meta"):
-            model = FluxTransformer(self.config, ParallelMesh.single(), kernels)
+            model = FluxTransformer(self.config, self.mesh, kernels)
         stored = dict(self.base.named_parameters())
         for name, sources in name_map(self.config).items():
             owner, _, leaf = name.rpartition(".")
@@ -115,7 +116,7 @@ class Bench:
         spec = ModelSpec("flux", DEV.name, self.root, DEV.task, DEV.defaults, **configs)
         model = self.model(kernels, False)
         flow = read_image_config({**scheduler(True).config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
-        pipeline = FluxPipeline(spec, self.device, ParallelMesh.single(), flow, model, Any, Any, Any)  # type: ignore[arg-type]
+        pipeline = FluxPipeline(spec, self.device, self.mesh, flow, model, Any, Any, Any)  # type: ignore[arg-type]
         request = GenerationRequest(
             "", "", {}, *self.size, 1, 1, 50, GUIDANCE, 0, 1, "euler", MediaSpec(MediaFormat.PNG), (), 1.0
         )  # fmt: skip

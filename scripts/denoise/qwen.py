@@ -35,6 +35,7 @@ class Bench:
 
     def __init__(self, root: Path, size: str, device: torch.device, frames: int, height: int, width: int) -> None:
         self.root, self.device, self.size = root, device, (height, width)
+        self.mesh = ParallelMesh.single()  # of what is made from now on
         sizes = CHECKPOINTS["qwen-image"]
         self.build = sizes["tiny" if size == "tiny" else "full"]().components["transformer"].build
         self.base = self._reference(torch.bfloat16)
@@ -64,7 +65,7 @@ class Bench:
     def model(self, kernels: KernelSet, compiled: bool) -> QwenTransformer:
         """Ours with a given kernel set (the runtime's own choice is `load_transformer`)."""
         with torch.device("meta"):
-            model = QwenTransformer(self.config, ParallelMesh.single(), kernels)
+            model = QwenTransformer(self.config, self.mesh, kernels)
         stored = dict(self.base.named_parameters())
         for name, sources in name_map(self.config).items():
             owner, _, leaf = name.rpartition(".")
@@ -122,7 +123,7 @@ class Bench:
         model = self.model(kernels, False)
         flow = read_image_config({**flow_euler().config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
         nothing: Any = None
-        pipeline = QwenPipeline(spec, self.device, ParallelMesh.single(), flow, model, nothing, nothing)
+        pipeline = QwenPipeline(spec, self.device, self.mesh, flow, model, nothing, nothing)
         request = GenerationRequest(
             "", "", {}, *self.size, 1, 1, 50, 1.0, 0, 1, "euler", MediaSpec(MediaFormat.PNG), (), SCALE
         )  # fmt: skip

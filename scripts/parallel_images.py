@@ -1,0 +1,75 @@
+"""The part `images` of `bench_parallel.py`: one step of FLUX.1-dev and of Qwen-Image (guided), by layout.
+
+Weights are those of `scripts/denoise/<family>.py`, made on each device from one seed, so that all ranks have the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from parallel_plan import Case
+from parallel_ranks import World
+
+from safelight.configs.families import FAMILIES
+from safelight.configs.parallel_costs import H200, predict
+from safelight.configs.sampling_params import SamplingParams
+from safelight.configs.traffic import StepShape, step_traffic
+from safelight.entrypoints.plan import find_model
+
+IMAGE_MODELS = {"FLUX.1-dev": "flux", "Qwen-Image": "qwen"}  # and their modules in scripts/denoise
+IMAGE_SIZES = ("1024", "2048")
+TINY_SIDE = 96
+
+
+def step_shape(model: str, side: int) -> tuple[StepShape, float]:
+    """What the cost model needs of one step, and its TFLOP (of the published model)."""
+    spec = find_model(model)
+    family = FAMILIES[spec.family]
+    params = SamplingParams(height=side, width=side).merged_over(spec.defaults)
+    profile, attention = family.profile(spec, params), family.attention_of(spec)
+    shape = StepShape(
+        tokens=profile.tokens + attention.joint_text,
+        heads=attention.heads,
+        head_dim=attention.head_dim,
+        layers=attention.layers,
+        prediction_channels=profile.latent_shape[0] * 4,
+        branches=2 if family.guided_by_default(spec) else 1,
+    )
+    return shape, profile.phases[0].step_cost
+
+
+def images(world: World, case: Case) -> dict[str, Any]:
+    """One step of the pipeline. One rank: every rank alone, and the fastest counts."""
+    settings, degrees = world.settings, case.degrees
+    side = TINY_SIDE if settings.tiny else int(case.size)
+    shape, tflop = step_shape(case.model, side)
+    if degrees.cfg > shape.branches:
+        return {"skipped": f"{case.model} makes one prediction a step; there is nothing to split"}
+    bench = world.keep(f"{case.model} {side}", lambda: _bench(world, case, side))
+    bench.mesh = world.mesh(degrees)
+    world.forget_peak()
+    pipeline, state = bench.steps(world.kernels)
+
+    def one_step() -> None:
+        pipeline.step([state])
+
+    one_step()
+    world.wait()
+    figures = world.median(one_step, min if degrees.world_size == 1 else max)
+    sent = [step_traffic(shape, degrees, rank).total for rank in range(degrees.world_size)]
+    return {
+        **figures,
+        "tokens": bench.tokens,
+        "predicted_ms": round(predict(shape, tflop, degrees, H200).seconds * 1e3, 1),
+        "sent_mb": round(max(sent) / 1e6, 2),
+        "memory_gib": round(world.peak_bytes() / 2**30, 1),
+        "trace": world.trace(one_step),
+    }
+
+
+def _bench(world: World, case: Case, side: int) -> Any:
+    family = importlib.import_module(f"denoise.{IMAGE_MODELS[case.model]}")
+    size = "tiny" if world.settings.tiny else "full"
+    return family.Bench(Path(), size, world.device, 1, side, side)
