@@ -90,6 +90,5 @@ def _show_prediction(step: Prediction, one: Prediction, num_gpus: int) -> None:
         print(f"           one GPU is faster; {num_gpus} jobs at a time are better served by --replicas {num_gpus}")
     print(f"           one GPU {one.seconds * 1e3:,.3f} ms; efficiency {together:.0%}")
     print(f"assumed    {H200.name}: {H200.tflops:.0f} TFLOP/s, measured with Wan 2.1 1.3B (small models are slower)")
-    print(
-        f"           {near:.0f} GB/s from each GPU within a host of {hosted}, measured between two; {far:.0f} beyond, assumed"
-    )
+    print(f"           {near:.0f} GB/s from each GPU within a host of {hosted} (measured between two)")
+    print(f"           {far:.0f} GB/s to other hosts (not measured)")

@@ -25,11 +25,12 @@ def run(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
 
 
 def test_every_part_is_measured_on_gloo_and_a_failing_one_is_reported() -> None:
-    code, results, table = run("--reps", "1", "--layouts", "1x2x1,1x1x2")
+    parts = "check,links,step,diffusers,vae,images"
+    code, results, table = run("--reps", "1", "--layouts", "1x2x1,1x1x2", "--parts", parts)
     by_part: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_part.setdefault(result["part"], []).append(result)
-    assert set(by_part) == {"check", "links", "step", "diffusers", "vae"}
+    assert set(by_part) == set(parts.split(","))
     assert by_part["check"][0]["ok"]
     assert by_part["check"][0]["heads 5, 3 tokens"]["1x2x1"]["fp32_max"] < 1e-5
     assert [r["layout"] for r in by_part["step"]] == ["1x1x1", "1x2x1", "1x1x2"]
@@ -39,6 +40,8 @@ def test_every_part_is_measured_on_gloo_and_a_failing_one_is_reported() -> None:
         assert shared["layout"] in table
     assert "error" in by_part["diffusers"][1]  # it cannot run on a CPU
     assert by_part["vae"][0]["largest_difference"] <= 1
+    assert [r["model"] for r in by_part["images"]] == ["FLUX.1-dev"] * 3 + ["Qwen-Image"] * 3
+    assert all(r["ms"] > 0 for r in by_part["images"])
     assert code == 1
 
 
