@@ -23,7 +23,7 @@ class Machine:
     link: float  # between GPUs of one host
     network: float  # between hosts
     gpus_per_host: int = 8
-    latency_s: float = 30e-6  # of one all-to-all, or one turn of a ring
+    latency_s: float = 30e-6  # of one all-to-all, or one turn of a ring, beside its bytes
     sum_latency_s: float = 30e-6  # of one all-reduce
     ring_s: float = 16e-12  # of a ring's passes, per value of a rank's queries and attention: packing, rounding
     ring_merge_s: float = 6.4e-12  # the same, per value and merged chunk
@@ -32,7 +32,7 @@ class Machine:
 # 560 TFLOP/s: docs/benchmarks/denoise.md (Wan 2.1 1.3B, 283.0 TFLOP in 505 ms); a 14B model reaches 600. Link, latency
 # and ring: docs/benchmarks/parallel.md, two H200 by NVLink. A sum's latency and the network are
 # assumed: 60 % of one 400 Gbit/s adapter a GPU.
-H200 = Machine("H200", tflops=560.0, link=280e9, network=30e9, latency_s=57e-6)
+H200 = Machine("H200", tflops=560.0, link=295e9, network=30e9, latency_s=28e-6)
 
 
 @dataclass(frozen=True, slots=True)
