@@ -1,12 +1,13 @@
 """Weights in host memory: one allocation of exactly the bytes needed, page-locked if asked.
 
 A copy from page-locked memory runs beside the host and at the full speed of the bus. torch's own allocator of such
-memory rounds every allocation up to a power of two, which for a model is tens of gigabytes: here the memory of an
-ordinary allocation is registered with CUDA instead.
+memory rounds every allocation up to a power of two, which for a model is tens of gigabytes: here pages of our own are
+registered with CUDA instead. The storage begins with the first of them: there torch looks whether a tensor is locked.
 """
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,10 +26,9 @@ class HostMemory:
 
     def __init__(self, nbytes: int) -> None:
         self._pages = -(-nbytes // _PAGE)  # nothing else is on them: a page is locked once
+        mapped = mmap.mmap(-1, max(1, self._pages) * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with torch.inference_mode(False):
-            whole = torch.empty((self._pages + 1) * _PAGE, dtype=torch.uint8, device="cpu")
-            start = -whole.data_ptr() % _PAGE
-            self.bytes = whole[start : start + nbytes]
+            self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)[:nbytes]
 
     def page_lock(self, device: torch.device) -> None:
         """Call it once, after the memory was filled; `device` is the one that reads it. Raises ConfigError when the
