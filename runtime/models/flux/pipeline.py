@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +23,9 @@ from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.denoise import advance, fresh_state
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
-from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
+from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Sampler, Schedule, make_sampler, read_image_config
 
@@ -96,19 +97,9 @@ class FluxPipeline:
 
     def prepare(self, request: GenerationRequest, conditioning: FluxConditioning, index: int) -> DenoiseState:
         """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""
-        generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        noise = torch.randn(self.profile(request).latent_shape, generator=generator, dtype=torch.float32)
-        return DenoiseState(
-            latents=noise.to(self.device),
-            step=0,
-            sigmas=self._schedule(request).sigmas,
-            sampler=SamplerState(),
-            rng_state=generator.get_state(),
-            guidance_scale=request.guidance_scale,
-            conditioning=conditioning,
-            request=request,
-            index=index,
-        )
+        shape = self.profile(request).latent_shape
+        sigmas = self._schedule(request).sigmas
+        return fresh_state(request, conditioning, index, shape, sigmas, request.guidance_scale, self.device)
 
     def step(self, states: Sequence[DenoiseState]) -> list[DenoiseState]:
         """One batched forward over states of one latent shape and number of branches (what a batch key says).
@@ -116,12 +107,7 @@ class FluxPipeline:
         With true guidance both branches are in the batch, or one on each rank of the cfg axis. Nothing waits for the
         device.
         """
-        advanced = []
-        for state, velocity in zip(states, self._velocities(states), strict=True):
-            sampler, sigmas = self._sampler(state.request), state.sigmas.tolist()
-            latents, memory = sampler.step(sigmas, state.step, state.latents, velocity, state.sampler)
-            advanced.append(replace(state, latents=latents, step=state.step + 1, sampler=memory))
-        return advanced
+        return advance(states, self._velocities(states), self._sampler)
 
     def _velocities(self, states: Sequence[DenoiseState]) -> list[torch.Tensor]:
         """The prediction of each state, (C, 1, h, w) float32."""

@@ -28,9 +28,10 @@ from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.denoise import advance, fresh_state
 from safelight.runtime.pipelines.grouping import run_in_groups
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
-from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
+from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Schedule, make_sampler, read_image_config
 from safelight.runtime.text.qwen import TEMPLATES
@@ -131,29 +132,14 @@ class QwenPipeline:
 
     def prepare(self, request: GenerationRequest, conditioning: QwenConditioning, index: int) -> DenoiseState:
         """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""
-        generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        noise = torch.randn(self.profile(request).latent_shape, generator=generator, dtype=torch.float32)
-        return DenoiseState(
-            latents=noise.to(self.device),
-            step=0,
-            sigmas=self._schedule(request).sigmas,
-            sampler=SamplerState(),
-            rng_state=generator.get_state(),
-            guidance_scale=_scale(request),
-            conditioning=conditioning,
-            request=request,
-            index=index,
-        )
+        shape = self.profile(request).latent_shape
+        sigmas = self._schedule(request).sigmas
+        return fresh_state(request, conditioning, index, shape, sigmas, _scale(request), self.device)
 
     def step(self, states: Sequence[DenoiseState]) -> list[DenoiseState]:
         """One step of states of one latent shape and guidance mode (what a batch key says), in one batched forward for
         each length of text. With guidance a rank of the cfg axis may take one branch. Nothing waits for the device."""
-        advanced = []
-        for state, velocity in zip(states, self._velocities(states), strict=True):
-            sampler = make_sampler(state.request.sampler, self.flow)
-            latents, memory = sampler.step(state.sigmas.tolist(), state.step, state.latents, velocity, state.sampler)
-            advanced.append(replace(state, latents=latents, step=state.step + 1, sampler=memory))
-        return advanced
+        return advance(states, self._velocities(states), lambda request: make_sampler(request.sampler, self.flow))
 
     def _velocities(self, states: Sequence[DenoiseState]) -> list[Tensor]:
         """The guided prediction of each state, (C, 1, h, w) float32."""

@@ -23,9 +23,10 @@ from safelight.runtime.models.zimage.transformer import ZImageText, ZImageTransf
 from safelight.runtime.models.zimage.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.denoise import advance, fresh_state
 from safelight.runtime.pipelines.grouping import run_in_groups
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
-from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk, SamplerState
+from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk
 from safelight.runtime.pipelines.state_file import load_state, save_state
 from safelight.runtime.samplers import FlowConfig, Sampler, Schedule, make_sampler, read_image_config
 
@@ -95,31 +96,16 @@ class ZImagePipeline:
 
     def prepare(self, request: GenerationRequest, conditioning: ZImageConditioning, index: int) -> DenoiseState:
         """Noise of output `index`: float32 from a CPU generator seeded with seed + index, whole, then moved."""
-        generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        noise = torch.randn(self.profile(request).latent_shape, generator=generator, dtype=torch.float32)
-        return DenoiseState(
-            latents=noise.to(self.device),
-            step=0,
-            sigmas=self._schedule(request, noise.shape).sigmas,
-            sampler=SamplerState(),
-            rng_state=generator.get_state(),
-            guidance_scale=request.guidance_scale,
-            conditioning=conditioning,
-            request=request,
-            index=index,
-        )
+        shape = self.profile(request).latent_shape
+        sigmas = self._schedule(request, shape).sigmas
+        return fresh_state(request, conditioning, index, shape, sigmas, request.guidance_scale, self.device)
 
     def step(self, states: Sequence[DenoiseState]) -> list[DenoiseState]:
         """Every state of one latent shape and guidance mode (what a batch key says) advances by a step.
 
         Predictions for captions of one length share a forward. Nothing waits for the device.
         """
-        advanced = []
-        for state, velocity in zip(states, self._velocities(states), strict=True):
-            sampler = self._sampler(state.request)
-            latents, memory = sampler.step(state.sigmas.tolist(), state.step, state.latents, velocity, state.sampler)
-            advanced.append(replace(state, latents=latents, step=state.step + 1, sampler=memory))
-        return advanced
+        return advance(states, self._velocities(states), self._sampler)
 
     def _velocities(self, states: Sequence[DenoiseState]) -> list[torch.Tensor]:
         """The guided prediction of each state, (C, 1, h, w) float32. The network predicts its opposite.
