@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 # The modules, not the package: `from transformers import ...` resolves through every model's entry.
@@ -16,7 +15,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from safelight.runtime.errors import ModelError
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
+from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json, tensor_names
 
 _PREFIX = "text_model."  # of the tensors' names in published files
 
@@ -60,17 +59,8 @@ def load_clip(folder: Path, device: torch.device, dtype: torch.dtype) -> ClipTex
         torch.arange(config.max_position_embeddings).expand((1, -1)), persistent=False
     )
     files = checkpoint_files(folder, "model")
-    prefix = _prefix(files)
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensor_names(files)) else ""
     names = {name: (prefix + name,) for name, _ in module.named_parameters()}
     load_weights(module, files, names, device, lambda _: dtype, ignored=lambda name: name.endswith("position_ids"))
     module.train(False)
     return ClipText(module, device)
-
-
-def _prefix(files: list[Path]) -> str:
-    """What the names of the stored tensors begin with; load_weights reports a file that cannot be read."""
-    try:
-        with safe_open(files[0], framework="pt") as handle:
-            return _PREFIX if any(name.startswith(_PREFIX) for name in handle.keys()) else ""  # noqa: SIM118
-    except Exception:
-        return _PREFIX

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from safelight.runtime.errors import ModelError
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
+from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json, tensor_names
 
 _PREFIX = "model."  # of every tensor in a file that was saved with a language model's head
 
@@ -65,7 +64,7 @@ def load_qwen3(folder: Path, device: torch.device, dtype: torch.dtype) -> Qwen3:
     setattr(module, "norm", nn.Identity())  # noqa: B010 - typed as the norm that it replaces
     _fill_buffers(module, config)
     files = checkpoint_files(folder, "model")
-    prefix = _PREFIX if _has_head(files[0]) else ""
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensor_names(files)) else ""
     names = {name: (prefix + name,) for name, _ in module.named_parameters()}
     unused = (f"{prefix}layers.{last}.", f"{prefix}norm.", "lm_head.")
     load_weights(module, files, names, device, lambda _: dtype, ignored=lambda name: name.startswith(unused))
@@ -76,11 +75,3 @@ def load_qwen3(folder: Path, device: torch.device, dtype: torch.dtype) -> Qwen3:
 def _fill_buffers(module: Qwen3Model, config: Qwen3Config) -> None:
     """The rotary frequencies are computed, not stored: a meta device has none of them."""
     module.rotary_emb = type(module.rotary_emb)(config)
-
-
-def _has_head(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as handle:
-            return any(name.startswith(_PREFIX) for name in handle.keys())  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a readable safetensors file: {error}", param="model_path") from error
