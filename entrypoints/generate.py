@@ -21,7 +21,7 @@ from safelight.entrypoints.client import Client, error_of
 from safelight.entrypoints.interrupts import PREEMPTED, Interrupted, Interrupts
 from safelight.entrypoints.jobs import Job, check_jobs, read_jobs, requests, unknown_words
 from safelight.entrypoints.kept_run import KeptRun
-from safelight.entrypoints.model_path import find_root
+from safelight.entrypoints.model_path import find_root, with_local_vae
 from safelight.entrypoints.previews import Preview
 from safelight.entrypoints.progress import JsonReporter, PlainReporter, Reporter
 from safelight.entrypoints.saving import file_name, prepare_folder, preview_name, save, save_again, save_data
@@ -105,11 +105,7 @@ class _Run:
         if self._kept:
             found = self._kept.seeded(found)
         root = find_root(self._args, self._reporter.phase, quiet=self._files.json)
-        args = self._args
-        if args.vae_path is not None:
-            args = dataclasses.replace(
-                args, vae_path=str(hub.resolve(args.vae_path, "vae_path", quiet=self._files.json))
-            )
+        args = with_local_vae(self._args, quiet=self._files.json)
         spec = identify(root, args.backend, args.trust_remote_code)
         self._reporter.phase(f"backend: {FAMILIES[spec.family].backend} ({spec.reason})")
         check_layout(args, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,13 @@ def find_root(args: ServerArgs, tell: Callable[[str], None], *, quiet: bool = Fa
         return hub.resolve(args.model_path, quiet=quiet, code=args.trust_remote_code, inspect=inspect)
     except ModelError as error:
         raise type(error)(error.message + suggestion(args.model_path or ""), param=error.param) from error
+
+
+def with_local_vae(args: ServerArgs, *, quiet: bool = False) -> ServerArgs:
+    """The arguments with --vae-path as a directory, downloaded if it is a Hugging Face id. Raises ModelError."""
+    if args.vae_path is None:
+        return args
+    return dataclasses.replace(args, vae_path=str(hub.resolve(args.vae_path, "vae_path", quiet=quiet)))
 
 
 def suggestion(text: str) -> str:

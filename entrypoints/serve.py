@@ -20,8 +20,8 @@ from safelight.configs.http_args import HttpArgs
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import address_card
 from safelight.entrypoints.interrupts import Interrupted, Interrupts
-from safelight.entrypoints.model_path import find_root
-from safelight.runtime import hub, logs
+from safelight.entrypoints.model_path import find_root, with_local_vae
+from safelight.runtime import logs
 from safelight.runtime.errors import ConfigError, InvalidRequest, StartupError
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import INPUTS
@@ -122,9 +122,7 @@ class _Serve:
 
     def run(self, interrupts: Interrupts) -> int:
         root = find_root(self._args, say)
-        args = self._args
-        if args.vae_path is not None:
-            args = dataclasses.replace(args, vae_path=str(hub.resolve(args.vae_path, "vae_path")))
+        args = with_local_vae(self._args)
         spec = identify(root, args.backend, args.trust_remote_code)
         say(f"backend: {FAMILIES[spec.family].backend} ({spec.reason})")
         check_layout(args, root)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from safelight.configs.families import ModelSpec, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.entrypoints import address_card, client
-from safelight.entrypoints.model_path import find_root
+from safelight.entrypoints.model_path import find_root, with_local_vae
 from safelight.entrypoints.previews import Preview
 from safelight.entrypoints.results import RequestMaker, Result
 from safelight.entrypoints.serve import frame_bytes, most_pixels
@@ -127,7 +127,7 @@ class Engine(Session):
     """
 
     def __init__(self, model_path: str | None = None, *, max_pixels: int | None = None, **args: Any) -> None:
-        settings = ServerArgs(model_path=model_path, **args)
+        settings = with_local_vae(ServerArgs(model_path=model_path, **args))
         root = find_root(settings, logging.getLogger(__name__).info)
         spec = identify(root, settings.backend, settings.trust_remote_code)
         self._server = Supervisor(settings, root, frame_bytes(spec, max_pixels or most_pixels(spec))).start()
