@@ -10,7 +10,8 @@ import pytest
 
 from safelight.configs.families import foresee, identify
 from safelight.configs.server_args import ServerArgs
-from safelight.entrypoints.model_path import find_root, suggestion
+from safelight.entrypoints.model_path import find_root, suggestion, with_local_vae
+from safelight.entrypoints.sessions import Engine
 from safelight.runtime import hub
 from safelight.runtime.errors import ModelError, UnsupportedModel
 
@@ -98,3 +99,13 @@ def test_other_names_are_answered_without_a_guess() -> None:
     assert suggestion("Tongyi-MAI/Z-Image-Turbo") == suggestion("./somewhere") == suggestion("some/unknown") == ""
     with pytest.raises(ModelError, match="did you mean 'Tongyi-MAI/Z-Image-Turbo'"):
         find_root(ServerArgs(model_path="Z-Image-Turbo"), print)
+
+
+def test_another_vae_is_found_for_every_way_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = ServerArgs(vae_path=str(tmp_path))
+    assert with_local_vae(given).vae_path == str(tmp_path)
+    assert with_local_vae(ServerArgs()) == ServerArgs()
+    with pytest.raises(ModelError, match="no-such-vae") as caught:
+        Engine(vae_path="nobody/no-such-vae", device="cpu")
+    assert caught.value.param == "vae_path"
