@@ -64,6 +64,9 @@ class ServerArgs:
     pin_cpu_memory: bool = option(
         True, "page-lock that host memory: without it copies are slow and steps wait for them"
     )
+    cuda_graphs: bool = option(
+        True, "record forwards and launch them as one: GPUs that are faster than Python do not wait for it (CUDA only)"
+    )
     policy: str = option("fair", "order of the jobs", choices=("fair", "fcfs", "sjf"))
     max_queue: int = option(1000, "jobs that may wait; more are refused", minimum=1)
     max_plan_ms: float | None = option(

@@ -917,6 +917,7 @@ class WorkerSpec(Part):
     diffusers_kwargs: dict[str, Any] = {}
     offload: tuple[str, ...] = ()  # components whose weights live on the CPU
     pin_cpu_memory: bool = True
+    cuda_graphs: bool = True
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ in which the GPU did nothing. A variant that fails is reported with its error; t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -29,10 +30,12 @@ import torch
 from torch import Tensor
 
 from safelight.kernels.dispatch import reference_kernels, triton_kernels
+from safelight.runtime.pipelines.forward_graphs import CudaRecorder, ForwardGraphs, forward_graphs
 
 Forward = Callable[..., Tensor]  # a sample of the family's -> prediction
 VARIANTS = (
     "diffusers", "diffusers_compiled", "ours_reference", "ours_compiled", "ours_triton", "ours_triton_compiled",
+    "ours_graph",
 )  # fmt: skip
 TIMESTEPS = (1.0, 250.0, 500.0, 750.0, 999.0)
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(denoise.__path__))
@@ -49,7 +52,14 @@ def variants(bench: Any) -> dict[str, Callable[[], Forward]]:
     if bench.device.type == "cuda":
         made["ours_triton"] = lambda: bench.ours(triton_kernels(), False)
         made["ours_triton_compiled"] = lambda: bench.ours(triton_kernels(), True)
+        made["ours_graph"] = lambda: recorded(bench.ours(triton_kernels(), False), bench.device)
     return made
+
+
+def recorded(forward: Forward, device: torch.device) -> Forward:
+    """The forward as a CUDA graph, of any size."""
+    graphs = ForwardGraphs(CudaRecorder(device))
+    return lambda *sample: graphs(forward, *sample, needs=lambda: 0)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -77,7 +87,7 @@ def prepare(made: dict[str, Callable[[], Forward]], bench: Any, errors: dict[str
         start = time.perf_counter()
         try:
             forward = build()
-            for _ in range(2):
+            for _ in range(3):  # a graph is recorded in the second
                 forward(*bench.draw())
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -104,8 +114,9 @@ def distances(forwards: dict[str, Forward], samples: Samples, truths: list[Tenso
 
 
 def pipeline_steps(bench: Any, steps: int) -> dict[str, float]:
-    """Our pipeline's steps: milliseconds each, and how long the GPU idled in them (profiler)."""
+    """Our pipeline's steps as a server runs them: milliseconds each, and how long the GPU idled in them (profiler)."""
     pipeline, state = bench.steps(triton_kernels() if bench.device.type == "cuda" else reference_kernels())
+    pipeline = dataclasses.replace(pipeline, graphs=forward_graphs(bench.device))
 
     def run() -> None:
         current = state

@@ -5,6 +5,7 @@ Weights are those of `scripts/denoise/<family>.py`, made on each device from one
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safelight.configs.parallel_costs import H200, predict
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.traffic import StepShape, step_traffic
 from safelight.entrypoints.plan import find_model
+from safelight.runtime.pipelines.forward_graphs import forward_graphs
 
 IMAGE_MODELS = {"FLUX.1-dev": "flux", "Qwen-Image": "qwen"}  # and their modules in scripts/denoise
 IMAGE_SIZES = ("1024", "2048")
@@ -50,17 +52,24 @@ def images(world: World, case: Case) -> dict[str, Any]:
     bench = world.keep(f"{case.model} {side}", lambda: _bench(world, case, side))
     bench.mesh = world.mesh(degrees)
     world.forget_peak()
-    pipeline, state = bench.steps(world.kernels)
+    without, state = bench.steps(world.kernels)
+    pipeline = dataclasses.replace(without, graphs=forward_graphs(world.device))
 
     def one_step() -> None:
         pipeline.step([state])
 
-    one_step()
+    across = min if degrees.world_size == 1 else max
+    without.step([state])
     world.wait()
-    figures = world.median(one_step, min if degrees.world_size == 1 else max)
+    alone = world.median(lambda: without.step([state]), across)
+    for _ in range(2):  # the second is recorded
+        one_step()
+    world.wait()
+    figures = world.median(one_step, across)
     sent = [step_traffic(shape, degrees, rank).total for rank in range(degrees.world_size)]
     return {
         **figures,
+        "no_graph_ms": alone["ms"],
         "tokens": bench.tokens,
         "predicted_ms": round(predict(shape, tflop, degrees, H200).seconds * 1e3, 1),
         "sent_mb": round(max(sent) / 1e6, 2),

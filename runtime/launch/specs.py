@@ -134,6 +134,7 @@ def worker_spec(
         diffusers_kwargs=args.diffusers_kwargs or {},
         offload=args.offloaded,
         pin_cpu_memory=args.pin_cpu_memory,
+        cuda_graphs=args.cuda_graphs,
     )
 
 

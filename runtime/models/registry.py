@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from safelight.configs.families import FAMILIES, ModelSpec, identify
-from safelight.runtime.models.residency import Residency
+from safelight.runtime.models.residency import DIT, Residency
 from safelight.runtime.parallel.mesh import ParallelMesh
+from safelight.runtime.pipelines.forward_graphs import ForwardGraphs, forward_graphs
 from safelight.runtime.pipelines.protocol import Pipeline
 
 
@@ -36,11 +37,19 @@ class LoadOptions:
     diffusers_kwargs: Mapping[str, Any] = field(default_factory=dict)
     offload: tuple[str, ...] = ()  # components that live on the CPU; see `residency`
     pin_cpu_memory: bool = True
-    residency: Residency = field(init=False, compare=False)  # of the one model that is loaded with these options
+    cuda_graphs: bool = True  # see `pipelines.forward_graphs`
+    residency: Residency = field(init=False, compare=False)  # this and `graphs`: of the one model that is loaded so
+    graphs: ForwardGraphs = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         made = Residency(self.device, self.offload, pin=self.pin_cpu_memory)
         object.__setattr__(self, "residency", made)  # the dataclass is frozen
+        object.__setattr__(self, "graphs", forward_graphs(self.device) if self._can_record else ForwardGraphs())
+
+    @property
+    def _can_record(self) -> bool:
+        """Streamed blocks are copied by the host, and yunchang's attention is not ours to vouch for."""
+        return self.cuda_graphs and DIT not in self.offload and self.mesh.even_attention is None
 
 
 def load_pipeline(root: Path, options: LoadOptions) -> Pipeline:

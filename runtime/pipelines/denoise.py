@@ -1,14 +1,17 @@
-"""What native pipelines do alike around their forward: an output's first state, and a step along a prediction."""
+"""What native pipelines do alike around their forward: an output's first state, its memory, and a step along a
+prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from safelight.configs.profile import JobProfile
 from safelight.runtime.messages import GenerationRequest
+from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import Sampler
 
@@ -36,6 +39,29 @@ def fresh_state(
         request=request,
         index=index,
     )
+
+
+class _Loaded(Protocol):
+    """What `forward_bytes` reads of a pipeline."""
+
+    @property
+    def mesh(self) -> ParallelMesh: ...
+
+    @property
+    def transformer(self) -> _Typed: ...
+
+    def profile(self, request: GenerationRequest) -> JobProfile: ...
+
+
+class _Typed(Protocol):
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def forward_bytes(pipeline: _Loaded, states: Sequence[DenoiseState]) -> int:
+    """Activations of a forward over these states on one rank, about; profiles count a whole group's in float32."""
+    whole = sum(pipeline.profile(state.request).step_peak_bytes for state in states)
+    return whole * pipeline.transformer.dtype.itemsize // (4 * pipeline.mesh.world_size)
 
 
 def advance(

@@ -94,7 +94,7 @@ def _serve(
     completer = Completer(spec, link, device, weights, fatal)
     executor = Executor(pipeline, spec, checkpoints, link.send)
     executors.append(executor)
-    ready = _ready(spec, device, weights, options.residency)
+    ready = _ready(spec, device, weights, options)
     link.announce_ready(ready)
     tell(ready)
     log.info("ready on %s, %.2f GB of weights on it", ready.device, weights / 1e9)
@@ -151,6 +151,7 @@ def _options(spec: WorkerSpec, device: torch.device) -> LoadOptions:
         diffusers_kwargs=spec.diffusers_kwargs,
         offload=spec.offload,
         pin_cpu_memory=spec.pin_cpu_memory,
+        cuda_graphs=spec.cuda_graphs,
     )
 
 
@@ -191,7 +192,7 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
     return build_mesh(world, *degrees, sp_impl=spec.sp_impl, encoder=(spec.tp_size, spec.encoder_sets))
 
 
-def _ready(spec: WorkerSpec, device: torch.device, weights: int, residency: Residency) -> Ready:
+def _ready(spec: WorkerSpec, device: torch.device, weights: int, options: LoadOptions) -> Ready:
     memory = device_memory(device, spec.ranks_on_host, weights)
     return Ready(
         group=spec.group,
@@ -200,7 +201,7 @@ def _ready(spec: WorkerSpec, device: torch.device, weights: int, residency: Resi
         group_epoch=spec.group_epoch,
         capacity_bytes=memory.capacity,
         weights_bytes=weights,
-        reserve_bytes=memory.reserve,
+        reserve_bytes=memory.reserve + options.graphs.room,
         device=memory.name,
-        encode_bytes=residency.encode_bytes,
+        encode_bytes=options.residency.encode_bytes,
     )

@@ -10,6 +10,8 @@ import torch
 from make_checkpoint import make
 from torch import Tensor
 
+from safelight.configs.families.base import ModelSpec
+from safelight.configs.families.wan import WAN_1_3B
 from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
 from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
@@ -69,7 +71,9 @@ class Bench:
     def steps(self, kernels: KernelSet) -> tuple[Any, DenoiseState]:
         """Our pipeline and a state at the start of guided steps."""
         model, flow = self.model(kernels, False), read_config(read_json(self.root / "scheduler/scheduler_config.json"))
-        pipeline = WanPipeline(Any, self.device, ParallelMesh.single(), flow, model, Any, Any)  # type: ignore[arg-type]
+        configs: Any = dict(WAN_1_3B.configs)
+        spec = ModelSpec("wan", WAN_1_3B.name, self.root, WAN_1_3B.task, WAN_1_3B.defaults, **configs)
+        pipeline = WanPipeline(spec, self.device, ParallelMesh.single(), flow, model, Any, Any)  # type: ignore[arg-type]
         request = GenerationRequest(
             "", "", {}, 480, 832, 81, 16, 50, 5.0, 0, 1, "unipc", MediaSpec(MediaFormat.MP4)
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
-from safelight.runtime.pipelines.denoise import advance, fresh_state
+from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
+from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk
 from safelight.runtime.pipelines.state_file import load_state, save_state
@@ -62,6 +64,7 @@ class FluxPipeline:
     t5: T5
     vae: KlVae
     residency: Residency = field(default_factory=Residency)
+    graphs: ForwardGraphs = field(default_factory=ForwardGraphs)
     colours: LatentColours | None = None
 
     @property
@@ -118,7 +121,8 @@ class FluxPipeline:
         timestep = torch.tensor(steps * len(own), dtype=torch.float32).to(self.device, non_blocking=True)
         latents = torch.stack([s.latents for s in states]).to(self.transformer.dtype).repeat(len(own), 1, 1, 1, 1)
         text = self._text(states, own)
-        predicted = self.transformer(latents, timestep, text).float().unflatten(0, (len(own), count))
+        predicted = self.graphs(self.transformer, latents, timestep, text, needs=partial(forward_bytes, self, states))
+        predicted = torch.unflatten(predicted.float(), 0, (len(own), count))
         whole = gather_branches(predicted, branches, group=self.mesh.group(Axis.CFG))
         if branches == 1:
             return list(whole[0])
@@ -189,5 +193,6 @@ def load(spec: ModelSpec, options: LoadOptions) -> FluxPipeline:
             ),
         ),
         residency=residency,
+        graphs=options.graphs,
         colours=load_colours(options.vae_path or spec.root / "vae", options.device),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,8 @@ from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
-from safelight.runtime.pipelines.denoise import advance, fresh_state
+from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
+from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.grouping import run_in_groups
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk
@@ -80,6 +82,7 @@ class QwenPipeline:
     rule: EditRule | None = None
     inputs: InputStore | None = None
     residency: Residency = field(default_factory=Residency)
+    graphs: ForwardGraphs = field(default_factory=ForwardGraphs)
     colours: LatentColours | None = None
 
     @property
@@ -167,7 +170,8 @@ class QwenPipeline:
         text = torch.stack([state.conditioning.branch(branch) for branch, state in parts])
         pictures = zip(*(s.conditioning.references for s in states), strict=True)
         references = tuple(torch.stack(same).to(dtype) for same in pictures)
-        predicted: Tensor = self.transformer(latents, timestep, QwenInputs(text, references))
+        inputs = QwenInputs(text, references)
+        predicted = self.graphs(self.transformer, latents, timestep, inputs, needs=partial(forward_bytes, self, states))
         return list(predicted.float())
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -245,5 +249,6 @@ def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
         rule=EDIT_RULES.get(spec.images[1]),
         inputs=None if options.input_dir is None else InputStore(options.input_dir),
         residency=residency,
+        graphs=options.graphs,
         colours=load_colours(vae, options.device),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,8 @@ from safelight.runtime.models.zimage.transformer import ZImageText, ZImageTransf
 from safelight.runtime.models.zimage.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
-from safelight.runtime.pipelines.denoise import advance, fresh_state
+from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
+from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.grouping import run_in_groups
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
 from safelight.runtime.pipelines.protocol import DenoiseState, FrameChunk
@@ -62,6 +64,7 @@ class ZImagePipeline:
     text_encoder: Qwen3
     vae: KlVae
     residency: Residency = field(default_factory=Residency)
+    graphs: ForwardGraphs = field(default_factory=ForwardGraphs)
     colours: LatentColours | None = None
 
     @property
@@ -138,8 +141,9 @@ class ZImagePipeline:
         times = [self._schedule(s.request, s.latents.shape).timesteps[s.step] for s in states]
         timestep = (1000 - torch.tensor(times, dtype=torch.float32)) / 1000
         latents = torch.stack([s.latents for s in states]).to(self.transformer.dtype)
-        text = ZImageText(torch.stack(captions))
-        return list(self.transformer(latents, timestep.to(self.device, non_blocking=True), text).float())
+        timestep, text = timestep.to(self.device, non_blocking=True), ZImageText(torch.stack(captions))
+        needs = partial(forward_bytes, self, states)
+        return list(self.graphs(self.transformer, latents, timestep, text, needs=needs).float())
 
     def decode(self, state: DenoiseState, cursor: None) -> tuple[FrameChunk, None]:
         """The picture, in one piece."""
@@ -203,5 +207,6 @@ def load(spec: ModelSpec, options: LoadOptions) -> ZImagePipeline:
             ),
         ),
         residency=residency,
+        graphs=options.graphs,
         colours=load_colours(vae, options.device),
     )
