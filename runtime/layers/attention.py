@@ -77,15 +77,14 @@ class JointAttention(nn.Module):
     def forward(
         self, text: Tensor, image: Tensor, rotary: Rotary, share: JointShare, adapters: Adapters | None = None
     ) -> tuple[Tensor, Tensor]:
-        own = share.own_text
-        of_text, of_image = (Rotary(*(table[part] for table in rotary)) for part in (slice(own), slice(own, None)))
+        own = text.shape[1]  # share.own_text, which compiled blocks would take for a constant
+        of_text, of_image = Rotary(rotary.cos[:own], rotary.sin[:own]), Rotary(rotary.cos[own:], rotary.sin[own:])
         texts = self.text_qkv(text, adapters_of(adapters, "text_qkv")).chunk(3, dim=-1)
         images = self.qkv(image, adapters_of(adapters, "qkv")).chunk(3, dim=-1)
         q, k, v = self._joint(texts, images, of_text, of_image)
         attended = self.groups.attention(q, k, v, share.length, self.kernels).flatten(2)
-        own_text, own_image = share.split(attended)
-        y: Tensor = self.text_out(own_text, adapters_of(adapters, "text_out"))
-        z: Tensor = self.out(own_image, adapters_of(adapters, "out"))
+        y: Tensor = self.text_out(attended[:, :own], adapters_of(adapters, "text_out"))
+        z: Tensor = self.out(attended[:, own:], adapters_of(adapters, "out"))
         return y, z
 
     def _joint(
