@@ -34,6 +34,11 @@ class ServerArgs:
     )
     tp_size: int | None = option(None, "ranks that share the text encoder's matrices; unset: chosen", minimum=1)
     sp_impl: str = option("native", "sequence parallelism by", choices=("native", "yunchang"))
+    ulysses_transport: str = option(
+        "auto",
+        "how GPUs exchange heads: auto writes into each other's memory where they can, nccl sends messages",
+        choices=("auto", "nccl"),
+    )
     attention_backend: str = option(
         "auto", "attention kernels: torch's, or flash-attn's (fa)", choices=("auto", "torch_sdpa", "fa")
     )

@@ -903,6 +903,7 @@ class WorkerSpec(Part):
     ring_degree: int = 1
     ulysses_degree: int = 1
     sp_impl: str = "native"
+    ulysses_transport: str = "auto"
     attention_backend: str = "auto"
     vae_tiling: bool = False
     tp_size: int = 1  # ranks that share the text encoder's matrices

@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--vae-frames", type=int, default=17)
     parser.add_argument("--reps", type=int, default=5, help="the most steps that a case measures")
     parser.add_argument("--reps-s", type=float, default=4.0, help="start no further step that ends after so long")
+    parser.add_argument("--transport", choices=["auto", "nccl"], default="auto", help="of Ulysses")
     parser.add_argument("--case-s", type=float, default=75.0, help="end a case that takes longer")
     parser.add_argument("--budget-s", type=float, default=300.0, help="end everything after so long")
     args = parser.parse_args()
@@ -219,7 +220,7 @@ def main() -> int:
     if args.tiny:
         args.models, args.sizes, args.frames, args.vae_frames = args.models[:1], ["tiny"], 5, 5
     settings = Settings(
-        args.device, args.tiny, args.frames, args.vae_frames, args.reps, args.reps_s, args.case_s, until
+        args.device, args.tiny, args.frames, args.vae_frames, args.reps, args.reps_s, args.case_s, until, args.transport
     )
     left, report = list(enumerate(cases_of(args, ranks))), Report(ranks)
     while left and time.time() < until:

@@ -70,6 +70,7 @@ def images(world: World, case: Case) -> dict[str, Any]:
     return {
         **figures,
         "no_graph_ms": alone["ms"],
+        "window": bench.mesh.window is not None,
         "tokens": bench.tokens,
         "predicted_ms": round(predict(shape, tflop, degrees, H200).seconds * 1e3, 1),
         "sent_mb": round(max(sent) / 1e6, 2),

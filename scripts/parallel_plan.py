@@ -37,6 +37,7 @@ class Settings:
     reps_s: float
     case_s: float
     until: float
+    transport: str = "auto"  # of Ulysses, see `build_mesh`
 
 
 def run_rank(

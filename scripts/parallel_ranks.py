@@ -106,7 +106,8 @@ class World:
         if degrees.world_size == 1:
             return ParallelMesh.single()
         if degrees not in self.meshes:
-            self.meshes[degrees] = build_mesh(self.group, degrees.cfg, degrees.ring, degrees.ulysses)
+            sizes = degrees.cfg, degrees.ring, degrees.ulysses
+            self.meshes[degrees] = build_mesh(self.group, *sizes, transport=self.settings.transport)
         return self.meshes[degrees]
 
     def keep(self, name: str, build: Callable[[], Any]) -> Any:

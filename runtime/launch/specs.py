@@ -121,6 +121,7 @@ def worker_spec(
         ring_degree=degrees.ring,
         ulysses_degree=degrees.ulysses,
         sp_impl=args.sp_impl,
+        ulysses_transport=args.ulysses_transport,
         attention_backend=args.attention_backend,
         vae_tiling=args.vae_tiling,
         tp_size=encoder.tp,

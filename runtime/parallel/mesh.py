@@ -13,6 +13,7 @@ from enum import Enum
 import torch.distributed as dist
 from torch import Tensor
 
+from safelight.runtime.parallel.peer_window import PeerWindow, open_window
 from safelight.runtime.parallel.yunchang import yunchang_attention
 
 
@@ -34,6 +35,7 @@ class ParallelMesh:
     even_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # yunchang's, if it is wanted
     encoder: tuple[int, int] = (1, 1)  # tp: ranks that share its matrices; sets of them that share the prompts
     tp_group: dist.ProcessGroup | None = None
+    window: PeerWindow | None = None  # of the Ulysses group, see there
 
     @staticmethod
     def single() -> ParallelMesh:
@@ -59,8 +61,10 @@ def build_mesh(
     ulysses: int,
     sp_impl: str = "native",
     encoder: tuple[int, int] = (1, 1),
+    transport: str = "auto",
 ) -> ParallelMesh:
     """Collective over all ranks of the worker group: makes the sub-groups of each axis, and those of the text encoder.
+    `transport` of Ulysses: `auto` writes to peers' memory where that is possible, `nccl` never does.
 
     Raises ValueError when the degrees do not multiply to the world size or `encoder` (tp, sets) does not fit it,
     ConfigError when `sp_impl` cannot be had.
@@ -85,7 +89,12 @@ def build_mesh(
             if rank in members:
                 groups[axis] = group
     even = yunchang_attention(ulysses, ring, rank, size) if sp_impl == "yunchang" else None
-    return ParallelMesh(rank, size, degrees, groups, world, even, encoder, _tp_group(world, tp))
+    window = open_window(ours) if (ours := groups[Axis.ULYSSES]) and _may_open(world, transport, even) else None
+    return ParallelMesh(rank, size, degrees, groups, world, even, encoder, _tp_group(world, tp), window)
+
+
+def _may_open(world: dist.ProcessGroup, transport: str, even: object) -> bool:
+    return transport == "auto" and even is None and "nccl" in dist.get_backend(world)
 
 
 def _tp_group(world: dist.ProcessGroup, tp: int) -> dist.ProcessGroup | None:

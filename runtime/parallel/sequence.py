@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.parallel.peer_window import PeerWindow
 from safelight.runtime.parallel.ring import ring_attention
 from safelight.runtime.parallel.ulysses import (
     gather_tokens,
@@ -27,16 +28,18 @@ from safelight.runtime.parallel.ulysses import (
 class SequenceGroups:
     """The two groups that share one sequence; None where the degree is 1.
 
-    `even_attention` replaces `attention` where shares are equal (`--sp-impl yunchang`).
+    `even_attention` replaces `attention` where shares are equal (`--sp-impl yunchang`). `window`: of the Ulysses group,
+    where its GPUs reach each other's memory.
     """
 
     ring: dist.ProcessGroup | None
     ulysses: dist.ProcessGroup | None
     even_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    window: PeerWindow | None = None
 
     @staticmethod
     def of(mesh: ParallelMesh) -> SequenceGroups:
-        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES), mesh.even_attention)
+        return SequenceGroups(mesh.group(Axis.RING), mesh.group(Axis.ULYSSES), mesh.even_attention, mesh.window)
 
     @property
     def alone(self) -> bool:
@@ -63,11 +66,19 @@ class SequenceGroups:
         heads = q.shape[2]
         if self.even_attention is not None and self._even(length, heads):
             return self.even_attention(q, k, v)
-        q, k, v = tokens_to_heads((q, k, v), self._chunk(length), group=self.ulysses)
+        chunk, window = self._chunk(length), self.window
+        if window is not None and not window.fits(q.shape[0], chunk, heads, q.shape[3], q.element_size()):
+            window = None
+        if window is None:
+            q, k, v = tokens_to_heads((q, k, v), chunk, group=self.ulysses)
+        else:
+            q, k, v = window.tokens_to_heads(q, k, v, chunk)
         if self.ring is None:
             out = kernels.attention(q, k, v)
         else:
             out = ring_attention(q, k, v, self.chunks(length), kernels.attention_lse, group=self.ring)
+        if window is not None:
+            return window.heads_to_tokens(out, heads)
         return heads_to_tokens(out, heads, group=self.ulysses)
 
     def _even(self, length: int, heads: int) -> bool:

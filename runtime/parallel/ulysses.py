@@ -19,7 +19,8 @@ def split_sizes(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def _offsets(sizes: list[int]) -> list[int]:
+def offsets(sizes: list[int]) -> list[int]:
+    """Where each share begins, and the end of the last."""
     return [0, *accumulate(sizes)]
 
 
@@ -28,7 +29,7 @@ def shard_tokens(x: Tensor, *, dim: int = 1, group: dist.ProcessGroup | None) ->
     if group is None:
         return x
     sizes, rank = split_sizes(x.shape[dim], dist.get_world_size(group)), dist.get_rank(group)
-    return x.narrow(dim, _offsets(sizes)[rank], sizes[rank])
+    return x.narrow(dim, offsets(sizes)[rank], sizes[rank])
 
 
 def gather_tokens(x: Tensor, length: int, *, group: dist.ProcessGroup | None) -> Tensor:
@@ -67,7 +68,7 @@ def tokens_to_heads(tensors: tuple[Tensor, ...], length: int, *, group: dist.Pro
         for i, t in enumerate(wide):
             packed[:, :, :, i] = torch.unflatten(t, 2, (world, mine)).permute(2, 1, 0, 3, 4)
     else:
-        for block, (a, b) in zip(torch.split(send, outgoing), pairwise(_offsets(head_sizes)), strict=True):
+        for block, (a, b) in zip(torch.split(send, outgoing), pairwise(offsets(head_sizes)), strict=True):
             for i, t in enumerate(tensors):
                 block.view(share, batch, len(tensors), b - a, dim)[:, :, i] = t[:, :, a:b].transpose(0, 1)
     received = _exchange(send, outgoing, [per_head * n * mine for n in tokens], group)
@@ -92,7 +93,7 @@ def heads_to_tokens(x: Tensor, heads: int, *, group: dist.ProcessGroup | None) -
         parts, whole = _words(received.view(world, share, batch, mine, dim), out)
         torch.unflatten(whole, 2, (world, mine)).copy_(parts.permute(2, 1, 0, 3, 4))
     else:
-        for part, (a, b) in zip(torch.split(received, incoming), pairwise(_offsets(head_sizes)), strict=True):
+        for part, (a, b) in zip(torch.split(received, incoming), pairwise(offsets(head_sizes)), strict=True):
             out[:, :, a:b] = part.view(share, batch, b - a, dim).transpose(0, 1)
     return out
 

@@ -11,7 +11,6 @@ import torch
 
 from safelight.configs.profile import JobProfile
 from safelight.runtime.messages import GenerationRequest
-from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import Sampler
 
@@ -45,12 +44,17 @@ class _Loaded(Protocol):
     """What `forward_bytes` reads of a pipeline."""
 
     @property
-    def mesh(self) -> ParallelMesh: ...
+    def mesh(self) -> _Ranks: ...
 
     @property
     def transformer(self) -> _Typed: ...
 
     def profile(self, request: GenerationRequest) -> JobProfile: ...
+
+
+class _Ranks(Protocol):
+    @property
+    def world_size(self) -> int: ...
 
 
 class _Typed(Protocol):

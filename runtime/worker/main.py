@@ -189,7 +189,8 @@ def _mesh(spec: WorkerSpec, device: torch.device) -> ParallelMesh:
     assert world is not None
     degrees = spec.cfg_degree, spec.ring_degree, spec.ulysses_degree
     log.info("cfg %d x ring %d x ulysses %d, tp %d", *degrees, spec.tp_size)
-    return build_mesh(world, *degrees, sp_impl=spec.sp_impl, encoder=(spec.tp_size, spec.encoder_sets))
+    encoder = spec.tp_size, spec.encoder_sets
+    return build_mesh(world, *degrees, sp_impl=spec.sp_impl, encoder=encoder, transport=spec.ulysses_transport)
 
 
 def _ready(spec: WorkerSpec, device: torch.device, weights: int, options: LoadOptions) -> Ready:

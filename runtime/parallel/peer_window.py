@@ -1,0 +1,146 @@
+"""Ulysses without messages: GPUs of one host write queries, keys, values and results straight into each other's
+memory.
+
+An all-to-all of NCCL needs its blocks packed before and unpacked behind it, and costs some fifty microseconds beside
+the transfer, a hundred times a step. Here one kernel reads a row where it is and stores it where the peer reads it
+(kernels/triton/exchange.py), and a barrier follows. Memory of peers comes from torch's symmetric memory (CUDA virtual
+memory shared between processes; multicast is not used).
+
+Why one window is enough. It has two parts: heads come into the first (q, k, v before attention), tokens into the second
+(the result behind it). A peer's stores of the next layer into the first part begin behind this layer's second barrier,
+which every rank reaches when its attention has read the first part; stores into the second part begin behind the next
+layer's first barrier, which every rank reaches when it has used what is in the second. The parts never overlap,
+whatever the shapes. So a result is valid until the second exchange after it, and a forward must call them in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from safelight.runtime.parallel.ulysses import offsets, split_sizes
+
+WINDOW_BYTES = 1 << 30  # of which a quarter is for tokens
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWindow:
+    """This rank's window and the addresses of its peers', over one Ulysses group."""
+
+    memory: Tensor  # (n,) uint8
+    to_heads: Tensor  # (u,) int64: where the first part of each rank's window begins
+    to_tokens: Tensor  # the same of the second part
+    rank: int
+    handle: Any  # of torch's symmetric memory
+
+    @property
+    def world(self) -> int:
+        return self.to_heads.numel()
+
+    def fits(self, batch: int, length: int, heads: int, dim: int, itemsize: int) -> bool:
+        """Whether an attention over this shape can be exchanged here; the same on every rank."""
+        if min(length, heads) < self.world:
+            return False
+        row = batch * dim * itemsize
+        most = max(length * -(-heads // self.world), -(-length // self.world) * heads)
+        return row * most <= self._border // 3
+
+    @property
+    def _border(self) -> int:
+        return self.memory.numel() // 4 * 3
+
+    def tokens_to_heads(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, S/u, H, D) -> (B, S, H/u, D), S = `length`; valid until the exchange after the next."""
+        from safelight.kernels.triton.exchange import push_heads
+
+        batch, share, heads, dim = q.shape
+        tokens, mine = split_sizes(length, self.world), split_sizes(heads, self.world)[self.rank]
+        if share != tokens[self.rank]:
+            raise ValueError(f"rank {self.rank} holds {share} tokens, its share of {length} is {tokens[self.rank]}")
+        push_heads(_dense(q), _dense(k), _dense(v), self.to_heads, length, offsets(tokens)[self.rank])
+        self.handle.barrier()
+        q, k, v = self._view(0, q.dtype, 3, batch, length, mine, dim).unbind(0)
+        return q, k, v
+
+    def heads_to_tokens(self, x: Tensor, heads: int) -> Tensor:
+        """(B, S, H/u, D) -> (B, S/u, H, D), H = `heads`; valid until the exchange after the next."""
+        from safelight.kernels.triton.exchange import push_tokens
+
+        batch, length, _, dim = x.shape
+        push_tokens(_dense(x), self.to_tokens, heads, offsets(split_sizes(heads, self.world))[self.rank])
+        self.handle.barrier()
+        return self._view(self._border, x.dtype, batch, split_sizes(length, self.world)[self.rank], heads, dim)
+
+    def _view(self, begin: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self.memory[begin : begin + size].view(dtype).view(shape)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With heads side by side in memory, whatever the strides of tokens."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def open_window(group: dist.ProcessGroup, size: int = WINDOW_BYTES) -> PeerWindow | None:
+    """Collective over a NCCL group whose ranks use the current CUDA device: its window of `size` bytes, at most a
+    thirty-second of a device; None where the devices cannot reach each other's memory."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.get_device_properties(device).total_memory
+    reachable = _reachable(group, device)
+    if reachable:
+        log.warning("Ulysses goes through NCCL: %s", reachable)
+        return None
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed
+    size = _agreed(group, device, min(size, total // 32)) // 1024 * 1024
+    try:
+        import torch.distributed._symmetric_memory as symmetric  # an alpha of torch, hence the fallback
+        import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 needs the call, later ones announce its end
+            symmetric.enable_symm_mem_for_group(group.group_name)
+        memory = symmetric.empty(size, dtype=torch.uint8, device=device)
+        handle: Any = symmetric.rendezvous(memory, group.group_name)
+        places = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+        failure = ""
+    except (ImportError, AttributeError, RuntimeError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    if not _agreed(group, device, int(not failure)):
+        log.warning("Ulysses goes through NCCL, torch's symmetric memory failed: %s", failure or "on another rank")
+        return None
+    return PeerWindow(memory, places, places + size // 4 * 3, dist.get_rank(group), handle)
+
+
+def _agreed(group: dist.ProcessGroup, device: torch.device, value: int) -> int:
+    """The least of all ranks' values."""
+    told = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MIN, group=group)
+    return int(told.item())
+
+
+def _reachable(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why a rank cannot write to another's memory; the same on every rank, empty when all can."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+    mine = torch.tensor([zlib.crc32(host.encode()), device.index or 0], dtype=torch.int64, device=device)
+    told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(told, mine, group=group)
+    hosts, devices = zip(*(t.tolist() for t in told), strict=True)
+    if len(set(hosts)) > 1:
+        return "its ranks are on several hosts"
+    if len(set(devices)) < len(devices):
+        return "each rank sees one device, so devices cannot be told apart"
+    others = [d for d in devices if d != device.index]
+    all_reach = all(torch.cuda.can_device_access_peer(device, torch.device("cuda", d)) for d in others)
+    return "" if _agreed(group, device, int(all_reach)) else "its devices cannot reach each other's memory"
