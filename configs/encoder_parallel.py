@@ -16,7 +16,7 @@ from safelight.runtime.errors import ConfigError
 PROMPTS, TOKENS = 2, 128  # a guided request: its prompts are encoded unpadded, and few are longer
 _BYTES = 2  # of a weight
 _SUM_BYTES = 4  # sums over ranks are float32
-CPU = Machine("CPU", tflops=0.03, link=1e9, network=1e9, latency_s=1e-3, sum_latency_s=1e-3)
+CPU = Machine("CPU", attention_tflops=0.03, tflops=0.03, link=1e9, network=1e9, latency_s=1e-3, sum_latency_s=1e-3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Seconds per denoising step over several GPUs, predicted from a model's numbers.
 
-Compute: the profile's TFLOP at a measured rate, of the rank with the most tokens and heads. Communication: the bytes
-of `traffic` over the slowest link in each group. Ulysses' all-to-alls and the gathering at the end wait; a ring's
+Compute: the profile's TFLOP at measured rates, of the rank with the most tokens and heads. Communication: the bytes
+of `traffic` over the slowest link in each group. Ulysses' exchanges and the gathering at the end wait; a ring's
 chunks travel while attention computes, and cost what does not fit behind it, and passes over memory that pack the
 chunks and merge the partial results. Against the clock: docs/benchmarks/parallel.md.
 """
@@ -19,20 +19,31 @@ class Machine:
     """What the prediction assumes. Links: bytes per second that one GPU sends, all its peers together."""
 
     name: str
-    tflops: float  # of a whole forward
-    link: float  # between GPUs of one host
+    attention_tflops: float
+    tflops: float  # of the rest of a forward, its passes over memory included
+    link: float  # of messages between GPUs of one host
     network: float  # between hosts
     gpus_per_host: int = 8
     latency_s: float = 30e-6  # of one all-to-all, or one turn of a ring, beside its bytes
+    peer_link: float = 0.0  # of stores into a peer's memory, on one host; 0: there are none
+    peer_latency_s: float = 0.0  # of the barrier behind them
     sum_latency_s: float = 30e-6  # of one all-reduce
     ring_s: float = 16e-12  # of a ring's passes, per value of a rank's queries and attention: packing, rounding
     ring_merge_s: float = 6.4e-12  # the same, per value and merged chunk
 
 
-# 560 TFLOP/s: docs/benchmarks/denoise.md (Wan 2.1 1.3B, 283.0 TFLOP in 505 ms); a 14B model reaches 600. Link, latency
-# and ring: docs/benchmarks/parallel.md, two H200 by NVLink. A sum's latency and the network are
+# Everything from docs/benchmarks/parallel.md (two H200 by NVLink), but a sum's latency and the network, which are
 # assumed: 60 % of one 400 Gbit/s adapter a GPU.
-H200 = Machine("H200", tflops=560.0, link=295e9, network=30e9, latency_s=28e-6)
+H200 = Machine(
+    "H200",
+    attention_tflops=560.0,
+    tflops=620.0,
+    link=295e9,
+    network=30e9,
+    latency_s=28e-6,
+    peer_link=345e9,
+    peer_latency_s=13e-6,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +68,16 @@ def predict(shape: StepShape, step_tflop: float, degrees: Degrees, machine: Mach
     chunk = shares(shape.tokens, degrees.ring)[0] / shape.tokens
     share = shares(round(chunk * shape.tokens), degrees.ulysses)[0] / shape.tokens
     heads = shares(shape.heads, degrees.ulysses)[0] / shape.heads
-    attention_s = attention * part * chunk * heads / machine.tflops
+    attention_s = attention * part * chunk * heads / machine.attention_tflops
     other_s = (step_tflop - attention) * part * share / machine.tflops
     most = max((step_traffic(shape, degrees, rank) for rank in range(degrees.world_size)), key=lambda t: t.total)
-    near, wide = (_bandwidth(ranks, machine) for ranks in (degrees.ulysses, degrees.sp))
-    exposed = most.ulysses / near + most.gather / wide + most.cfg / _bandwidth(degrees.world_size, machine)
-    exposed += machine.latency_s * 2 * shape.layers * (degrees.ulysses > 1)
+    wide = _bandwidth(degrees.sp, machine)
+    exposed = most.gather / wide + most.cfg / _bandwidth(degrees.world_size, machine)
+    if degrees.ulysses > 1:
+        stored = machine.peer_link > 0 and degrees.ulysses <= machine.gpus_per_host
+        rate = machine.peer_link if stored else _bandwidth(degrees.ulysses, machine)
+        latency = machine.peer_latency_s if stored else machine.latency_s
+        exposed += most.ulysses / rate + 2 * shape.layers * latency
     if degrees.ring > 1:
         behind = attention_s * (degrees.ring - 1) / degrees.ring
         exposed += max(0.0, most.ring / wide - behind) + machine.latency_s * shape.layers * (degrees.ring - 1)

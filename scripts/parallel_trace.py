@@ -13,7 +13,7 @@ import torch
 
 Span = tuple[float, float]
 CLASSES = {  # of kernels, by parts of their names; the first that fits
-    "communication": ("nccl", "gloo:"),
+    "communication": ("nccl", "gloo:", "_push_", "symmetric_memory::barrier"),
     "attention": ("sdpa", "flash", "fmha", "attention"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "::mm"),
 }

@@ -20,6 +20,7 @@ import os
 import socket
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from safelight.runtime.parallel.ulysses import offsets, split_sizes
 
-WINDOW_BYTES = 1 << 30  # of which a quarter is for tokens
+WINDOW_BYTES = 3 << 29  # of which a quarter is for tokens; larger exchanges, where NCCL's share is small, go through it
 log = logging.getLogger(__name__)
 
 
@@ -137,10 +138,17 @@ def _reachable(group: dist.ProcessGroup, device: torch.device) -> str:
     told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(told, mine, group=group)
     hosts, devices = zip(*(t.tolist() for t in told), strict=True)
+    if found := apart(hosts, devices):
+        return found
+    others = [d for d in devices if d != device.index]
+    all_reach = all(torch.cuda.can_device_access_peer(device, torch.device("cuda", d)) for d in others)
+    return "" if _agreed(group, device, int(all_reach)) else "its devices cannot reach each other's memory"
+
+
+def apart(hosts: Sequence[int], devices: Sequence[int]) -> str:
+    """Why ranks of these hosts and devices have no memory in common; empty when they may."""
     if len(set(hosts)) > 1:
         return "its ranks are on several hosts"
     if len(set(devices)) < len(devices):
         return "each rank sees one device, so devices cannot be told apart"
-    others = [d for d in devices if d != device.index]
-    all_reach = all(torch.cuda.can_device_access_peer(device, torch.device("cuda", d)) for d in others)
-    return "" if _agreed(group, device, int(all_reach)) else "its devices cannot reach each other's memory"
+    return ""
