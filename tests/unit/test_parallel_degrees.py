@@ -151,6 +151,10 @@ def test_the_flags_reach_every_rank(tmp_path: Path, model: Path) -> None:
     assert (spec.world_size, spec.cfg_degree, spec.ring_degree, spec.ulysses_degree) == (4, 1, 2, 2)
     assert (spec.tp_size, spec.encoder_sets) == (2, 2)
     assert (spec.attention_backend, spec.sp_impl) == ("torch_sdpa", "native")
+    assert (spec.ulysses_transport, spec.cuda_graphs) == ("auto", True)
+    other = dataclasses.replace(args, ulysses_transport="nccl", cuda_graphs=False)
+    changed = worker_spec(other, run, pool, model, "cpu", Group(0), 3)
+    assert (changed.ulysses_transport, changed.cuda_graphs) == ("nccl", False)
     with pytest.raises(ConfigError, match=r"--tp-size 128.*64 heads"):
         check_layout(ServerArgs(num_gpus=128, tp_size=128), model)
     with pytest.raises(ConfigError, match="--sp-impl yunchang runs on CUDA"):
