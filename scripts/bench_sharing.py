@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What ranks gain by sharing a text encoder, and what cutting a joint attention's text sends.
 
-    PYTHONPATH=src python scripts/bench_sharing.py --encoder [--ranks 2] [--device cuda --size xxl]
+    PYTHONPATH=src python scripts/bench_sharing.py --encoder [--ranks 2] [--device cuda --size xxl]   # TMPDIR needs room
     PYTHONPATH=src python scripts/bench_sharing.py --joint            # the table of docs/parallelism.md, no model
 
 The encoder has random weights. Ways: one rank encodes both prompts; tp x sets as in configs/encoder_parallel.py.
@@ -63,7 +63,7 @@ def rank_main(rank: int, world: int, folder: str, args: Any, results: Any) -> No
     ways: list[tuple[int, int] | None] = [None]
     ways += sorted({(tp, sets) for tp in range(1, world + 1) if world % tp == 0 for sets in (1, world // tp)})
     for way in ways:
-        mesh = ParallelMesh.single() if way is None else build_mesh(dist.group.WORLD, 1, 1, world, encoder=way)
+        mesh = ParallelMesh.single() if way is None else build_mesh(dist.group.WORLD, world, 1, 1, encoder=way)
         encoder, times = load_umt5(Path(folder), device, dtype, mesh), []
         with torch.inference_mode():
             for _ in range(args.runs + 1):
@@ -80,7 +80,7 @@ def rank_main(rank: int, world: int, folder: str, args: Any, results: Any) -> No
     dist.destroy_process_group()
 
 
-def write_encoder(folder: Path, size: str) -> None:
+def write_encoder(folder: Path, size: str, device: str) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers.models.umt5.configuration_umt5 import UMT5Config
@@ -92,7 +92,8 @@ def write_encoder(folder: Path, size: str) -> None:
         module = UMT5EncoderModel(config)
     names = {n: p.shape for n, p in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
     dtype = torch.bfloat16 if size == "xxl" else torch.float32
-    save_file({n: torch.randn(shape, dtype=dtype) * 0.02 for n, shape in names.items()}, folder / "model.safetensors")
+    made = {n: torch.randn(shape, dtype=dtype, device=device).mul_(0.02).cpu() for n, shape in names.items()}
+    save_file(made, folder / "model.safetensors")
     (folder / "config.json").write_text(config.to_json_string(use_diff=False))
 
 
@@ -102,7 +103,7 @@ def encoder(args: Any) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        write_encoder(Path(folder), args.size)
+        write_encoder(Path(folder), args.size, args.device)
         ranks = [
             context.Process(target=rank_main, args=(rank, args.ranks, folder, args, results))
             for rank in range(args.ranks)
