@@ -4,8 +4,8 @@
     PYTHONPATH=src python scripts/bench_sharing.py --encoder [--ranks 2] [--device cuda --size xxl]
     PYTHONPATH=src python scripts/bench_sharing.py --joint            # the table of docs/parallelism.md, no model
 
-The encoder has random weights, in the folder for temporary files (xxl: 11.4 GB). Ways: one rank encodes both prompts; tp
-x sets as in configs/encoder_parallel.py.
+The encoder has random weights, in the folder for temporary files (xxl: 11.4 GB). Ways: one rank encodes both prompts;
+tp x sets as in configs/encoder_parallel.py.
 """
 
 from __future__ import annotations

@@ -5,8 +5,11 @@ several GPUs), it waits between them; a graph takes the host's share away. Colle
 
 The first forward of a shape runs as it is (kernels compile, libraries choose their algorithms), the second is recorded
 and launched. A recording keeps the addresses of weights, inputs and activations: inputs are copied to where it reads
-them, the result is copied away, and all recordings share one pool of memory, as only one runs at a time. What to record
-is decided by shapes and order alone, so that ranks that share a forward decide alike.
+them, and the result is copied away. Recordings of one need of memory (texts of every length beside one picture) have
+one pool for their activations, as only one runs at a time.
+
+NCCL wants a collective to be recorded by all of its ranks or by none, so what is recorded depends on what ranks that
+share a forward have in common: shapes, their order, and the memory that a forward needs by its family's costs.
 """
 
 from __future__ import annotations
@@ -16,22 +19,29 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 32  # recordings kept, each some megabytes of launches
+from safelight.runtime.errors import JobFailed
+
+ROOM_BYTES = 4 << 30  # for the activations of all recordings
+MOST_GRAPHS = 32  # of one pool, each some megabytes of launches
 MOST_SHAPES = 1024  # remembered as seen
-MOST_BYTES = 2 << 30  # of activations: above it the device is slower than Python by far
+IDLE_FORWARDS = 400  # a pool that was not used for so long gives way to another need
 log = logging.getLogger(__name__)
 
 
 class Recorder(Protocol):
     """Records what a call launches."""
 
-    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def pool(self) -> Any:
+        """A new pool of memory, which lasts as long as recordings that use it."""
+        ...
+
+    def record(self, call: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
         """-> what launches it again, and the tensor into which that writes. The call's work is not done yet."""
         ...
 
@@ -44,37 +54,46 @@ class _Recording:
     forward: Callable[..., Tensor]  # kept, so that no other one gets its identity
 
 
+@dataclass(slots=True)
+class _Pool:
+    """The recordings of forwards that need the same memory; `used`: number of the forward that used it last."""
+
+    memory: Any
+    used: int
+    recordings: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
+
+
 class ForwardGraphs:
     """Of one model, used by one thread. Without a recorder every forward runs as it is.
 
-    `room`: bytes of activations up to which forwards are recorded; a worker sets them aside.
+    `room`: bytes for activations of all recordings, which a worker sets aside; one forward may need half of it.
+    `shared`: whether forwards have collectives in them.
     """
 
-    def __init__(self, recorder: Recorder | None = None, room: int = MOST_BYTES) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder | None = None, room: int = ROOM_BYTES, *, shared: bool = False) -> None:
+        self._recorder, self._shared = recorder, shared
         self.room = 0 if recorder is None else room
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
-        self._made: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()  # shapes, and what their forward needs
+        self._pools: dict[int, _Pool] = {}  # by what a forward needs
+        self._forwards = 0
 
     @property
     def count(self) -> int:
         """Recordings that are kept."""
-        return len(self._made)
+        return sum(len(pool.recordings) for pool in self._pools.values())
 
     def __call__(self, forward: Callable[..., Tensor], *inputs: Any, needs: Callable[[], int]) -> Tensor:
         """`forward(*inputs)`, inputs being tensors, None and tuples of them. `needs()`: bytes of its activations.
 
-        The result is the caller's own. `forward` must launch the same work for the same shapes.
+        The result is the caller's own. `forward` must launch the same work for the same shapes. Raises JobFailed when
+        a forward with collectives cannot be recorded; one without them runs as it is.
         """
         if self._recorder is None:
             return forward(*inputs)
-        key = (id(forward), _shape(inputs))
-        recording = self._made.get(key)
-        if recording is None and needs() <= self.room:
-            recording = self._made_now(self._recorder, key, forward, inputs)
+        self._forwards += 1
+        recording = self._recording(self._recorder, forward, inputs, needs)
         if recording is None:
             return forward(*inputs)
-        self._made.move_to_end(key)
         for place, tensor in zip(recording.inputs, _tensors(inputs), strict=True):
             place.copy_(tensor)
         recording.launch()
@@ -82,32 +101,62 @@ class ForwardGraphs:
 
     def clear(self) -> None:
         """Forgets all recordings. Call it before communicators are destroyed that they use."""
-        self._made.clear()
+        self._pools.clear()
         self._seen.clear()
 
-    def _made_now(
-        self, recorder: Recorder, key: Hashable, forward: Callable[..., Tensor], inputs: Any
+    def _recording(
+        self, recorder: Recorder, forward: Callable[..., Tensor], inputs: Any, needs: Callable[[], int]
     ) -> _Recording | None:
-        """The recording of a forward that was seen before; None when it was not, or cannot be recorded."""
-        if key not in self._seen:
-            self._seen[key] = None
+        """Of a forward whose shape was seen before; None when it was not, or there is no room."""
+        key = (id(forward), _shape(inputs))
+        size = self._seen.get(key)
+        if size is None:
+            self._seen[key] = needs()
             while len(self._seen) > MOST_SHAPES:
                 self._seen.popitem(last=False)
             return None
-        while len(self._made) >= MOST_GRAPHS:
-            self._made.popitem(last=False)
+        self._seen.move_to_end(key)
+        pool = self._pools.get(size)
+        if pool is None:
+            if not self._make_room(size):
+                return None
+            pool = self._pools[size] = _Pool(recorder.pool(), self._forwards)
+        pool.used = self._forwards
+        if key not in pool.recordings:
+            while len(pool.recordings) >= MOST_GRAPHS:
+                pool.recordings.popitem(last=False)
+            made = self._record(recorder, pool, forward, inputs)
+            if made is None:
+                return None
+            pool.recordings[key] = made
+        pool.recordings.move_to_end(key)
+        return pool.recordings[key]
+
+    def _make_room(self, needs: int) -> bool:
+        """Whether another pool of this size fits, idle ones having made way."""
+        if needs > self.room // 2:
+            return False
+        for size, pool in sorted(self._pools.items(), key=lambda item: item[1].used):
+            if sum(self._pools) + needs > self.room and self._forwards - pool.used > IDLE_FORWARDS:
+                del self._pools[size]
+        return sum(self._pools) + needs <= self.room
+
+    def _record(
+        self, recorder: Recorder, pool: _Pool, forward: Callable[..., Tensor], inputs: Any
+    ) -> _Recording | None:
         places = _mapped(inputs, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
         try:
-            launch, output = recorder.record(lambda: forward(*places))
+            launch, output = recorder.record(lambda: forward(*places), pool.memory)
         except torch.AcceleratorError:
             raise  # the device takes no more work
         except RuntimeError as error:
+            if self._shared:  # the other ranks may have recorded it
+                raise JobFailed(f"a forward cannot be recorded: {error}; use --no-cuda-graphs") from error
             log.warning("no CUDA graphs from here on, a forward cannot be recorded: %s", error)
             self.clear()
             self._recorder, self.room = None, 0
             return None
-        self._made[key] = _Recording(tuple(_tensors(places)), launch, output, forward)
-        return self._made[key]
+        return _Recording(tuple(_tensors(places)), launch, output, forward)
 
 
 class CudaRecorder:
@@ -115,14 +164,16 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def record(self, call: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), _no_collection():
             # thread_local: other threads ask for events meanwhile (NCCL's watchdog, the completer)
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 output = call()
             except BaseException:
@@ -145,12 +196,12 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def forward_graphs(device: torch.device) -> ForwardGraphs:
-    """Of a CUDA device, with at most a twentieth of its memory for activations; elsewhere they do nothing."""
+def forward_graphs(device: torch.device, *, shared: bool = False) -> ForwardGraphs:
+    """Of a CUDA device, with at most a sixteenth of its memory for activations; elsewhere they do nothing."""
     if device.type != "cuda":
         return ForwardGraphs()
     total = torch.cuda.get_device_properties(device).total_memory
-    return ForwardGraphs(CudaRecorder(device), min(MOST_BYTES, total // 20))
+    return ForwardGraphs(CudaRecorder(device), min(ROOM_BYTES, total // 16), shared=shared)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

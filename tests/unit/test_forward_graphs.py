@@ -7,10 +7,13 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
+from safelight.runtime.errors import JobFailed
 from safelight.runtime.pipelines import forward_graphs
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 
@@ -25,9 +28,13 @@ class Repeating:
     """Keeps what was recorded, and on launch computes it again into the same output."""
 
     def __init__(self, fails: Exception | None = None) -> None:
-        self.recorded, self.launched, self.fails = 0, 0, fails
+        self.recorded, self.launched, self.fails, self.pools = 0, 0, fails, 0
 
-    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def record(self, call: Callable[[], Tensor], pool: int) -> tuple[Callable[[], None], Tensor]:
         if self.fails is not None:
             raise self.fails
         self.recorded += 1
@@ -127,15 +134,60 @@ def test_two_transformers_with_the_same_shapes_are_not_mixed_up() -> None:
     assert graphs.count == 2
 
 
-def test_a_forward_that_needs_more_room_runs_as_it_is() -> None:
-    recorder = Repeating()
-    graphs, forward = ForwardGraphs(recorder, room=1000), Counted()
-    for _ in range(3):
-        graphs(forward, *sample(0), needs=lambda: 1001)
+def run(graphs: ForwardGraphs, forward: Counted, length: int, needs: int, times: int = 2) -> None:
+    for seed in range(times):
+        given = sample(seed, length)
+        torch.testing.assert_close(graphs(forward, *given, needs=lambda: needs), Counted()(*given), rtol=0, atol=0)
+
+
+def test_a_forward_that_needs_more_than_half_of_the_room_runs_as_it_is() -> None:
+    recorder, forward = Repeating(), Counted()
+    graphs = ForwardGraphs(recorder, room=1000)
+    run(graphs, forward, 5, 501, 3)
     assert (recorder.recorded, forward.calls) == (0, 3)
-    for _ in range(3):
-        graphs(forward, *sample(0), needs=lambda: 1000)
+    run(graphs, forward, 6, 500, 3)
     assert recorder.recorded == 1
+
+
+def test_forwards_of_one_need_share_a_pool() -> None:
+    recorder = Repeating()
+    graphs = ForwardGraphs(recorder, room=1000)
+    for length in range(1, 9):
+        run(graphs, Counted(), length, 500)
+    assert (recorder.pools, graphs.count) == (1, 8)
+
+
+def test_pools_that_are_in_use_are_not_driven_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_graphs, "IDLE_FORWARDS", 10)
+    recorder, forward = Repeating(), Counted()
+    graphs = ForwardGraphs(recorder, room=1000)
+    for length, needs in ((1, 400), (2, 500), (3, 300)):
+        run(graphs, forward, length, needs)
+    assert (recorder.pools, graphs.count) == (2, 2)  # 300 more do not fit
+    for _ in range(20):  # the first is used on, the second is not
+        run(graphs, forward, 1, 400, 1)
+        run(graphs, forward, 3, 300, 1)
+    assert (recorder.pools, graphs.count) == (3, 2)
+    before = recorder.recorded
+    run(graphs, forward, 1, 400, 1)
+    run(graphs, forward, 3, 300, 1)
+    assert recorder.recorded == before
+    run(graphs, forward, 2, 500, 1)  # its turn is over; it runs as it is
+    assert (recorder.recorded, graphs.count) == (before, 2)
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from([100, 250, 300, 500])), max_size=120))
+def test_pools_never_exceed_the_room_and_results_are_right(forwards: list[tuple[int, int]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_graphs, "IDLE_FORWARDS", 5)
+        patch.setattr(forward_graphs, "MOST_GRAPHS", 3)
+        graphs, forward = ForwardGraphs(Repeating(), room=800), Counted()
+        for number, (length, needs) in enumerate(forwards):
+            given_ = sample(number, 12 * needs + length)
+            made = graphs(forward, *given_, needs=lambda needs=needs: needs)  # type: ignore[misc]
+            torch.testing.assert_close(made, Counted()(*given_), rtol=0, atol=0)
+            assert sum(graphs._pools) <= 800
+            assert all(len(pool.recordings) <= 3 for pool in graphs._pools.values())
 
 
 def test_only_so_many_are_kept_and_the_least_recently_used_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +224,20 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(caplog: pytest.L
         "no CUDA graphs from here on, a forward cannot be recorded: no room"
     ]
     assert (graphs.count, graphs.room) == (0, 0)
+
+
+def test_what_shares_its_forward_with_other_ranks_does_not_run_alone_as_it_is() -> None:
+    graphs, forward = ForwardGraphs(Repeating(RuntimeError("no")), shared=True), Counted()
+    graphs(forward, *sample(0), needs=little)
+    with pytest.raises(JobFailed, match="--no-cuda-graphs"):
+        graphs(forward, *sample(0), needs=little)
+
+
+def test_needs_are_asked_once_for_a_shape() -> None:
+    graphs, forward, asked = ForwardGraphs(Repeating()), Counted(), []
+    for seed in range(5):
+        graphs(forward, *sample(seed), needs=lambda: len(asked.append(1) or asked))  # type: ignore[func-returns-value]
+    assert len(asked) == 1
 
 
 def test_a_device_that_is_lost_is_not_taken_for_a_forward_that_cannot_be_recorded() -> None:
