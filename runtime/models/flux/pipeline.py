@@ -13,7 +13,6 @@ from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.families.flux_costs import CLIP_TOKENS, text_tokens
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
-from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.clip import ClipText, load_clip
 from safelight.runtime.models.encoders.t5 import T5, load_t5
@@ -24,6 +23,7 @@ from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.conditioning import branch_names, ids_of
 from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
@@ -85,15 +85,12 @@ class FluxPipeline:
 
         Raises InvalidRequest when ids are missing or more than fit.
         """
-        names = ("prompt", "negative") if (request.true_cfg_scale or 0.0) > 1.0 else ("prompt",)
+        names = branch_names(guided=(request.true_cfg_scale or 0.0) > 1.0)
         length = text_tokens(self.spec)
-        for key, most in ((p + n, m) for n in names for p, m in (("", length), ("clip.", CLIP_TOKENS))):
-            count = len(request.token_ids.get(key, ()))
-            if not 0 < count <= most:
-                raise InvalidRequest(f"token_ids[{key!r}]: 1 to {most} ids expected, got {count}", param="token_ids")
+        for_t5 = [ids_of(request, name, length) for name in names]
+        for_clip = [ids_of(request, f"clip.{name}", CLIP_TOKENS) for name in names]
         with self.residency.on_device("text_encoder"):
-            gists = self.clip.pooled([request.token_ids[f"clip.{name}"] for name in names])
-            words = self.t5.encode([request.token_ids[name] for name in names], length)
+            gists, words = self.clip.pooled(for_clip), self.t5.encode(for_t5, length)
         dtype = self.transformer.dtype
         pairs = zip(words, gists, strict=True)
         return FluxConditioning(tuple(Prompt(word.to(dtype), gist.to(dtype)) for word, gist in pairs))

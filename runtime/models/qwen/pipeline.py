@@ -16,7 +16,7 @@ from safelight.configs.families.qwen_costs import MAX_EDIT_TEXT, MAX_TEXT
 from safelight.configs.families.qwen_pictures import EDIT_RULES, EditRule
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
-from safelight.runtime.errors import InvalidRequest, JobFailed
+from safelight.runtime.errors import JobFailed
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.qwen2_5_vl import Qwen25VL, SeenPictures, load_qwen2_5_vl
@@ -29,6 +29,7 @@ from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import DecodeCursor, WanVae
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.conditioning import Branches, branch_names, ids_of
 from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.grouping import run_in_groups
@@ -43,22 +44,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class QwenConditioning:
+class QwenConditioning(Branches):
     """Text embeddings (T, text_dim) in the transformer's dtype, of as many tokens as the prompt has: nothing is padded.
 
-    `negative` is None for a request without guidance. references: latents (C, 1, h_i, w_i) float32 of the pictures.
+    references: latents (C, 1, h_i, w_i) float32 of the pictures.
     """
 
-    positive: Tensor
-    negative: Tensor | None
     references: tuple[Tensor, ...] = ()
-
-    def branch(self, index: int) -> Tensor:
-        """0: conditional, 1: unconditional."""
-        if index == 0:
-            return self.positive
-        assert self.negative is not None, "an unguided request has no unconditional branch"
-        return self.negative
 
     def shapes(self, index: int) -> tuple[tuple[int, ...], ...]:
         """Of all tensors that a branch's forward reads: samples of other shapes need a forward of their own."""
@@ -104,17 +96,11 @@ class QwenPipeline:
         Raises InvalidRequest when ids are missing or more than fit, JobFailed for a picture that is gone.
         """
         drop, limit = TEMPLATES[self.spec.images[1]].drop, MAX_TEXT if self.rule is None else MAX_EDIT_TEXT
-        names = ("prompt", "negative") if _scale(request) > 1.0 else ("prompt",)
-        for name in names:
-            count = len(request.token_ids.get(name, ())) - drop
-            if not 0 < count <= limit:
-                raise InvalidRequest(
-                    f"token_ids[{name!r}]: {drop + 1} to {drop + limit} ids expected, got {count + drop}",
-                    param="token_ids",
-                )
+        names = branch_names(guided=_scale(request) > 1.0)
+        ids = [ids_of(request, name, drop + limit, drop + 1) for name in names]
         seen, kept = self._pictures(request)
         with self.residency.on_device("text_encoder"):
-            rows = self.text_encoder.encode([request.token_ids[name] for name in names], drop, seen)
+            rows = self.text_encoder.encode(ids, drop, seen)
         positive, *negative = [row.to(self.transformer.dtype) for row in rows]
         references: tuple[Tensor, ...] = ()
         if kept:

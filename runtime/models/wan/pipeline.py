@@ -13,7 +13,6 @@ from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.families.wan_costs import TEXT_TOKENS
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
-from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.umt5 import UMT5, load_umt5
 from safelight.runtime.models.residency import Residency
@@ -23,6 +22,7 @@ from safelight.runtime.models.wan.transformer import WanText, WanTransformer
 from safelight.runtime.models.wan.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.conditioning import Branches, branch_names, ids_of
 from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.preview import LatentColours, load_colours
@@ -35,21 +35,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class WanConditioning:
-    """Text embeddings (T, text_dim) in the transformer's dtype, zero-padded to T = 512: the zeros are content.
-
-    `negative` is None for a request without guidance.
-    """
-
-    positive: torch.Tensor
-    negative: torch.Tensor | None
-
-    def branch(self, index: int) -> torch.Tensor:
-        """0: conditional, 1: unconditional."""
-        if index == 0:
-            return self.positive
-        assert self.negative is not None, "an unguided request has no unconditional branch"
-        return self.negative
+class WanConditioning(Branches):
+    """Text embeddings (T, text_dim) in the transformer's dtype, zero-padded to T = 512: the zeros are content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +72,10 @@ class WanPipeline:
 
         Raises InvalidRequest when ids are missing or more than fit.
         """
-        names = ("prompt", "negative") if request.guidance_scale > 1.0 else ("prompt",)
-        for name in names:
-            count = len(request.token_ids.get(name, ()))
-            if not 0 < count <= TEXT_TOKENS:
-                raise InvalidRequest(
-                    f"token_ids[{name!r}]: 1 to {TEXT_TOKENS} ids expected, got {count}", param="token_ids"
-                )
+        names = branch_names(guided=request.guidance_scale > 1.0)
+        ids = [ids_of(request, name, TEXT_TOKENS) for name in names]
         with self.residency.on_device("text_encoder"):
-            rows = self.text_encoder.encode([request.token_ids[name] for name in names])
+            rows = self.text_encoder.encode(ids)
         padded = [torch.nn.functional.pad(row, (0, 0, 0, TEXT_TOKENS - len(row))) for row in rows]
         positive, *negative = [row.to(self.transformer.dtype) for row in padded]
         return WanConditioning(positive, negative[0] if negative else None)

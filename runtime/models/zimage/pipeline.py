@@ -14,7 +14,6 @@ from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.families.zimage_costs import MOST_TEXT_TOKENS, PATCH
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
-from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.qwen3 import Qwen3, load_qwen3
 from safelight.runtime.models.residency import Residency
@@ -24,6 +23,7 @@ from safelight.runtime.models.zimage.transformer import ZImageText, ZImageTransf
 from safelight.runtime.models.zimage.weights import load_transformer
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.conditioning import Branches, branch_names, ids_of
 from safelight.runtime.pipelines.denoise import advance, forward_bytes, fresh_state
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.grouping import run_in_groups
@@ -37,19 +37,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class ZImageConditioning:
+class ZImageConditioning(Branches):
     """Captions (T, E) as the transformer's own blocks made them, T a multiple of 32 with learned padding, which is
-    content. The two may differ in length. `negative` is None for a request without guidance."""
-
-    positive: torch.Tensor
-    negative: torch.Tensor | None
-
-    def branch(self, index: int) -> torch.Tensor:
-        """0: conditional, 1: unconditional."""
-        if index == 0:
-            return self.positive
-        assert self.negative is not None, "an unguided request has no unconditional branch"
-        return self.negative
+    content. The two may differ in length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +75,10 @@ class ZImagePipeline:
 
         Raises InvalidRequest when ids are missing or more than fit.
         """
-        names = ("prompt", "negative") if request.guidance_scale > 0.0 else ("prompt",)
-        for name in names:
-            count = len(request.token_ids.get(name, ()))
-            if not 0 < count <= MOST_TEXT_TOKENS:
-                raise InvalidRequest(
-                    f"token_ids[{name!r}]: 1 to {MOST_TEXT_TOKENS} ids expected, got {count}", param="token_ids"
-                )
+        names = branch_names(guided=request.guidance_scale > 0.0)
+        ids = [ids_of(request, name, MOST_TEXT_TOKENS) for name in names]
         with self.residency.on_device("text_encoder"):
-            rows = self.text_encoder.encode([request.token_ids[name] for name in names])
+            rows = self.text_encoder.encode(ids)
         positive, *negative = [self.transformer.caption(row[None])[0] for row in rows]
         return ZImageConditioning(positive, negative[0] if negative else None)
 
