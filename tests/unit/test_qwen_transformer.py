@@ -273,3 +273,20 @@ def test_latents_that_do_not_divide_and_too_much_text_are_errors(ours: Any) -> N
         predict(ours[False], inputs(3, ((5, 4),)))
     with pytest.raises(ValueError, match="exceed 4096 positions"):
         ours[False].rope(((2, 2),), 4096)
+
+
+def test_compiled_blocks_have_no_branch_on_values_and_share_a_graph_over_texts(
+    ours: Any, folders: dict[bool, Path]
+) -> None:
+    """As `compile_blocks` does it, with a backend that only counts: one graph for the first length, one for others."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter: Any = CompileCounter()
+    compiled = load_transformer(folders[False], options())
+    compiled.blocks[0].compile(fullgraph=True, backend=counter)
+    frames = []
+    for length in (7, 20, 33, 64, 5):
+        sample = inputs(length, ((10, 6),))
+        assert torch.equal(predict(compiled, sample), predict(ours[False], sample))
+        frames.append(counter.frame_count)
+    assert frames == [1, 2, 2, 2, 2]
