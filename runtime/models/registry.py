@@ -12,7 +12,7 @@ import torch
 
 from safelight.configs.families import FAMILIES, ModelSpec, identify
 from safelight.runtime.models.residency import DIT, Residency
-from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs, forward_graphs
 from safelight.runtime.pipelines.protocol import Pipeline
 
@@ -44,8 +44,9 @@ class LoadOptions:
     def __post_init__(self) -> None:
         made = Residency(self.device, self.offload, pin=self.pin_cpu_memory)
         object.__setattr__(self, "residency", made)  # the dataclass is frozen
-        shared = self.mesh.degree(Axis.RING) * self.mesh.degree(Axis.ULYSSES) > 1
-        graphs = forward_graphs(self.device, shared=shared) if self._can_record else ForwardGraphs()
+        graphs = ForwardGraphs()
+        if self._can_record:
+            graphs = forward_graphs(self.device, self.mesh.device_bytes, shared=self.mesh.sequence_size > 1)
         object.__setattr__(self, "graphs", graphs)
 
     @property

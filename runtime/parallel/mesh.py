@@ -13,7 +13,7 @@ from enum import Enum
 import torch.distributed as dist
 from torch import Tensor
 
-from safelight.runtime.parallel.peer_window import PeerWindow, open_window
+from safelight.runtime.parallel.peer_window import PeerWindow, least_memory, open_window
 from safelight.runtime.parallel.yunchang import yunchang_attention
 
 
@@ -36,6 +36,7 @@ class ParallelMesh:
     encoder: tuple[int, int] = (1, 1)  # tp: ranks that share its matrices; sets of them that share the prompts
     tp_group: dist.ProcessGroup | None = None
     window: PeerWindow | None = None  # of the Ulysses group, see there
+    device_bytes: int | None = None  # memory of the smallest of the ranks' GPUs; None: not known
 
     @staticmethod
     def single() -> ParallelMesh:
@@ -49,6 +50,11 @@ class ParallelMesh:
         """This rank's place along an axis."""
         u, r = self.degrees[Axis.ULYSSES], self.degrees[Axis.RING]
         return {Axis.ULYSSES: self.rank % u, Axis.RING: self.rank // u % r, Axis.CFG: self.rank // (u * r)}[axis]
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks that share a sequence."""
+        return self.degrees[Axis.RING] * self.degrees[Axis.ULYSSES]
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
         return self.groups[axis]
@@ -90,7 +96,8 @@ def build_mesh(
                 groups[axis] = group
     even = yunchang_attention(ulysses, ring, rank, size) if sp_impl == "yunchang" else None
     window = open_window(ours) if (ours := groups[Axis.ULYSSES]) and _may_open(world, transport, even) else None
-    return ParallelMesh(rank, size, degrees, groups, world, even, encoder, _tp_group(world, tp), window)
+    least = least_memory(world) if "nccl" in dist.get_backend(world) else None
+    return ParallelMesh(rank, size, degrees, groups, world, even, encoder, _tp_group(world, tp), window, least)
 
 
 def _may_open(world: dist.ProcessGroup, transport: str, even: object) -> bool:

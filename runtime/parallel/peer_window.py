@@ -10,7 +10,7 @@ Why one window is enough. It has two parts: heads come into the first (q, k, v b
 (the result behind it). A peer's stores of the next layer into the first part begin behind this layer's second barrier,
 which every rank reaches when its attention has read the first part; stores into the second part begin behind the next
 layer's first barrier, which every rank reaches when it has used what is in the second. The parts never overlap,
-whatever the shapes. So a result is valid until the second exchange after it, and a forward must call them in turn.
+whatever the shapes. So a result is valid until the next exchange, and a forward must call them in turn.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import os
 import socket
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from safelight.runtime.parallel.ulysses import offsets, split_sizes
 
 WINDOW_BYTES = 3 << 29  # of which a quarter is for tokens; larger exchanges, where NCCL's share is small, go through it
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,9 @@ class PeerWindow:
     def _border(self) -> int:
         return self.memory.numel() // 4 * 3
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would see no stores, and leave the kernels out
     def tokens_to_heads(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (B, S/u, H, D) -> (B, S, H/u, D), S = `length`; valid until the exchange after the next."""
+        """Each (B, S/u, H, D) -> (B, S, H/u, D), S = `length`; valid until the next exchange."""
         from safelight.kernels.triton.exchange import push_heads
 
         batch, share, heads, dim = q.shape
@@ -74,8 +76,9 @@ class PeerWindow:
         q, k, v = self._view(0, q.dtype, 3, batch, length, mine, dim).unbind(0)
         return q, k, v
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def heads_to_tokens(self, x: Tensor, heads: int) -> Tensor:
-        """(B, S, H/u, D) -> (B, S/u, H, D), H = `heads`; valid until the exchange after the next."""
+        """(B, S, H/u, D) -> (B, S/u, H, D), H = `heads`; valid until the next exchange."""
         from safelight.kernels.triton.exchange import push_tokens
 
         batch, length, _, dim = x.shape
@@ -97,30 +100,53 @@ def open_window(group: dist.ProcessGroup, size: int = WINDOW_BYTES) -> PeerWindo
     """Collective over a NCCL group whose ranks use the current CUDA device: its window of `size` bytes, at most a
     thirty-second of a device; None where the devices cannot reach each other's memory."""
     device = torch.device("cuda", torch.cuda.current_device())
-    total = torch.cuda.get_device_properties(device).total_memory
-    reachable = _reachable(group, device)
-    if reachable:
-        log.warning("Ulysses goes through NCCL: %s", reachable)
+    if obstacle := _obstacle(group, device):
+        log.warning("Ulysses goes through NCCL: %s", obstacle)
         return None
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed
-    size = _agreed(group, device, min(size, total // 32)) // 1024 * 1024
-    try:
-        import torch.distributed._symmetric_memory as symmetric  # an alpha of torch, hence the fallback
-        import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+    size = min(size, least_memory(group) // 32) // 1024 * 1024
+    memory = _together(group, device, lambda: _allocate(group, device, size))
+    return None if memory is None else _together(group, device, lambda: _meet(group, memory))
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 needs the call, later ones announce its end
-            symmetric.enable_symm_mem_for_group(group.group_name)
-        memory = symmetric.empty(size, dtype=torch.uint8, device=device)
-        handle: Any = symmetric.rendezvous(memory, group.group_name)
-        places = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-        failure = ""
+
+def _allocate(group: dist.ProcessGroup, device: torch.device, size: int) -> Tensor:
+    """Memory that can be shared. torch calls this part of itself an alpha."""
+    import torch.distributed._symmetric_memory as symmetric
+    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 needs the call, later ones announce its end
+        symmetric.enable_symm_mem_for_group(group.group_name)
+    memory: Tensor = symmetric.empty(size, dtype=torch.uint8, device=device)
+    return memory
+
+
+def _meet(group: dist.ProcessGroup, memory: Tensor) -> PeerWindow:
+    """Collective: every rank's memory is mapped into the others."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    handle: Any = symmetric.rendezvous(memory, group.group_name)
+    places = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=memory.device)
+    return PeerWindow(memory, places, places + memory.numel() // 4 * 3, dist.get_rank(group), handle)
+
+
+def _together(group: dist.ProcessGroup, device: torch.device, call: Callable[[], T]) -> T | None:
+    """What `call` gives on every rank; None, with a warning, when it fails on one."""
+    made, failure = None, ""
+    try:
+        made = call()
     except (ImportError, AttributeError, RuntimeError) as error:
         failure = f"{type(error).__name__}: {error}"
-    if not _agreed(group, device, int(not failure)):
-        log.warning("Ulysses goes through NCCL, torch's symmetric memory failed: %s", failure or "on another rank")
-        return None
-    return PeerWindow(memory, places, places + size // 4 * 3, dist.get_rank(group), handle)
+    if _agreed(group, device, int(not failure)):
+        return made
+    log.warning("Ulysses goes through NCCL, torch's symmetric memory failed: %s", failure or "on another rank")
+    return None
+
+
+def least_memory(group: dist.ProcessGroup) -> int:
+    """Bytes of the smallest of the ranks' current CUDA devices. Collective."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _agreed(group, device, torch.cuda.get_device_properties(device).total_memory)
 
 
 def _agreed(group: dist.ProcessGroup, device: torch.device, value: int) -> int:
@@ -130,7 +156,7 @@ def _agreed(group: dist.ProcessGroup, device: torch.device, value: int) -> int:
     return int(told.item())
 
 
-def _reachable(group: dist.ProcessGroup, device: torch.device) -> str:
+def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str:
     """Why a rank cannot write to another's memory; the same on every rank, empty when all can."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
@@ -141,8 +167,8 @@ def _reachable(group: dist.ProcessGroup, device: torch.device) -> str:
     if found := apart(hosts, devices):
         return found
     others = [d for d in devices if d != device.index]
-    all_reach = all(torch.cuda.can_device_access_peer(device, torch.device("cuda", d)) for d in others)
-    return "" if _agreed(group, device, int(all_reach)) else "its devices cannot reach each other's memory"
+    reached = all(d < torch.cuda.device_count() and torch.cuda.can_device_access_peer(device, d) for d in others)
+    return "" if _agreed(group, device, int(reached)) else "its devices cannot reach each other's memory"
 
 
 def apart(hosts: Sequence[int], devices: Sequence[int]) -> str:

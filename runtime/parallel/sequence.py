@@ -77,9 +77,10 @@ class SequenceGroups:
             out = kernels.attention(q, k, v)
         else:
             out = ring_attention(q, k, v, self.chunks(length), kernels.attention_lse, group=self.ring)
-        if window is not None:
-            return window.heads_to_tokens(out, heads)
-        return heads_to_tokens(out, heads, group=self.ulysses)
+        if window is None:
+            return heads_to_tokens(out, heads, group=self.ulysses)
+        whole: Tensor = window.heads_to_tokens(out, heads)
+        return whole
 
     def _even(self, length: int, heads: int) -> bool:
         ring, ulysses = (1 if g is None else dist.get_world_size(g) for g in (self.ring, self.ulysses))

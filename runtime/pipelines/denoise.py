@@ -54,7 +54,7 @@ class _Loaded(Protocol):
 
 class _Ranks(Protocol):
     @property
-    def world_size(self) -> int: ...
+    def sequence_size(self) -> int: ...
 
 
 class _Typed(Protocol):
@@ -62,10 +62,11 @@ class _Typed(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def forward_bytes(pipeline: _Loaded, states: Sequence[DenoiseState]) -> int:
-    """Activations of a forward over these states on one rank, about; profiles count a whole group's in float32."""
-    whole = sum(pipeline.profile(state.request).step_peak_bytes for state in states)
-    return whole * pipeline.transformer.dtype.itemsize // (4 * pipeline.mesh.world_size)
+def forward_bytes(pipeline: _Loaded, samples: Sequence[DenoiseState], branches: int) -> int:
+    """Activations of a forward on one rank, about. `samples`: the state of each; `branches`: how many samples of a
+    state its profile counts, which is of float32 on one rank."""
+    whole = sum(pipeline.profile(state.request).step_peak_bytes for state in samples) // branches
+    return whole * pipeline.transformer.dtype.itemsize // (4 * pipeline.mesh.sequence_size)
 
 
 def advance(

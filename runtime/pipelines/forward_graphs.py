@@ -9,7 +9,8 @@ them, and the result is copied away. Recordings of one need of memory (texts of 
 one pool for their activations, as only one runs at a time.
 
 NCCL wants a collective to be recorded by all of its ranks or by none, so what is recorded depends on what ranks that
-share a forward have in common: shapes, their order, and the memory that a forward needs by its family's costs.
+share a forward have in common: shapes, their order, the memory that a forward needs by its family's costs, and that
+of the smallest device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from safelight.runtime.errors import JobFailed
 
 ROOM_BYTES = 4 << 30  # for the activations of all recordings
-MOST_GRAPHS = 32  # of one pool, each some megabytes of launches
+MOST_GRAPHS = 32  # each some megabytes of launches, which are not counted
 MOST_SHAPES = 1024  # remembered as seen
 IDLE_FORWARDS = 400  # a pool that was not used for so long gives way to another need
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 class Recorder(Protocol):
     """Records what a call launches."""
 
-    def pool(self) -> Any:
-        """A new pool of memory, which lasts as long as recordings that use it."""
+    def pool(self, size: int) -> Any:
+        """A new pool of memory, which is going to hold about `size` bytes and lasts as long as its recordings."""
         ...
 
     def record(self, call: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
@@ -48,6 +49,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
+    size: int  # of its pool
     inputs: tuple[Tensor, ...]
     launch: Callable[[], None]
     output: Tensor
@@ -56,11 +58,10 @@ class _Recording:
 
 @dataclass(slots=True)
 class _Pool:
-    """The recordings of forwards that need the same memory; `used`: number of the forward that used it last."""
+    """Memory of recordings that need the same; `used`: number of the forward that used it last."""
 
     memory: Any
     used: int
-    recordings: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
 
 
 class ForwardGraphs:
@@ -74,19 +75,20 @@ class ForwardGraphs:
         self._recorder, self._shared = recorder, shared
         self.room = 0 if recorder is None else room
         self._seen: OrderedDict[Hashable, int] = OrderedDict()  # shapes, and what their forward needs
+        self._made: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._pools: dict[int, _Pool] = {}  # by what a forward needs
         self._forwards = 0
 
     @property
     def count(self) -> int:
         """Recordings that are kept."""
-        return sum(len(pool.recordings) for pool in self._pools.values())
+        return len(self._made)
 
     def __call__(self, forward: Callable[..., Tensor], *inputs: Any, needs: Callable[[], int]) -> Tensor:
         """`forward(*inputs)`, inputs being tensors, None and tuples of them. `needs()`: bytes of its activations.
 
-        The result is the caller's own. `forward` must launch the same work for the same shapes. Raises JobFailed when
-        a forward with collectives cannot be recorded; one without them runs as it is.
+        The result is the caller's own. `forward` must launch the same work for the same shapes. Without memory to
+        record it, it runs as it is; one with collectives raises JobFailed then.
         """
         if self._recorder is None:
             return forward(*inputs)
@@ -101,8 +103,14 @@ class ForwardGraphs:
 
     def clear(self) -> None:
         """Forgets all recordings. Call it before communicators are destroyed that they use."""
+        self._made.clear()
         self._pools.clear()
         self._seen.clear()
+
+    def switch_off(self) -> None:
+        """Records nothing from here on, and needs no room."""
+        self.clear()
+        self._recorder, self.room = None, 0
 
     def _recording(
         self, recorder: Recorder, forward: Callable[..., Tensor], inputs: Any, needs: Callable[[], int]
@@ -120,52 +128,54 @@ class ForwardGraphs:
         if pool is None:
             if not self._make_room(size):
                 return None
-            pool = self._pools[size] = _Pool(recorder.pool(), self._forwards)
+            pool = self._pools[size] = _Pool(recorder.pool(size), self._forwards)
         pool.used = self._forwards
-        if key not in pool.recordings:
-            while len(pool.recordings) >= MOST_GRAPHS:
-                pool.recordings.popitem(last=False)
-            made = self._record(recorder, pool, forward, inputs)
+        if key not in self._made:
+            made = self._record(recorder, pool, size, forward, inputs)
             if made is None:
                 return None
-            pool.recordings[key] = made
-        pool.recordings.move_to_end(key)
-        return pool.recordings[key]
+            self._made[key] = made
+        self._made.move_to_end(key)
+        while len(self._made) > MOST_GRAPHS:
+            self._made.popitem(last=False)
+        return self._made[key]
 
-    def _make_room(self, needs: int) -> bool:
+    def _make_room(self, size: int) -> bool:
         """Whether another pool of this size fits, idle ones having made way."""
-        if needs > self.room // 2:
+        if size > self.room // 2:
             return False
-        for size, pool in sorted(self._pools.items(), key=lambda item: item[1].used):
-            if sum(self._pools) + needs > self.room and self._forwards - pool.used > IDLE_FORWARDS:
-                del self._pools[size]
-        return sum(self._pools) + needs <= self.room
+        for other, pool in sorted(self._pools.items(), key=lambda item: item[1].used):
+            if sum(self._pools) + size > self.room and self._forwards - pool.used > IDLE_FORWARDS:
+                del self._pools[other]
+                for key in [key for key, made in self._made.items() if made.size == other]:
+                    del self._made[key]
+        return sum(self._pools) + size <= self.room
 
     def _record(
-        self, recorder: Recorder, pool: _Pool, forward: Callable[..., Tensor], inputs: Any
+        self, recorder: Recorder, pool: _Pool, size: int, forward: Callable[..., Tensor], inputs: Any
     ) -> _Recording | None:
         places = _mapped(inputs, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
         try:
             launch, output = recorder.record(lambda: forward(*places), pool.memory)
-        except torch.AcceleratorError:
-            raise  # the device takes no more work
-        except RuntimeError as error:
+        except torch.OutOfMemoryError as error:  # any other error, and capturing may be broken for good
             if self._shared:  # the other ranks may have recorded it
-                raise JobFailed(f"a forward cannot be recorded: {error}; use --no-cuda-graphs") from error
-            log.warning("no CUDA graphs from here on, a forward cannot be recorded: %s", error)
-            self.clear()
-            self._recorder, self.room = None, 0
+                raise JobFailed(f"no memory to record a forward: {error}; use --no-cuda-graphs") from error
+            log.warning("no CUDA graphs from here on, there is no memory to record a forward: %s", error)
+            self.switch_off()
             return None
-        return _Recording(tuple(_tensors(places)), launch, output, forward)
+        return _Recording(size, tuple(_tensors(places)), launch, output, forward)
 
 
 class CudaRecorder:
     """torch.cuda.CUDAGraph, without the synchronisation and the emptying of caches of `torch.cuda.graph`."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def pool(self) -> Any:
+    def pool(self, size: int) -> Any:
+        if torch.cuda.mem_get_info(self._device)[0] < size:
+            torch.cuda.empty_cache()  # the allocator does not give cached memory back while a stream records
         return torch.cuda.graph_pool_handle()
 
     def record(self, call: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
@@ -196,11 +206,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def forward_graphs(device: torch.device, *, shared: bool = False) -> ForwardGraphs:
-    """Of a CUDA device, with at most a sixteenth of its memory for activations; elsewhere they do nothing."""
+def forward_graphs(device: torch.device, memory: int | None = None, *, shared: bool = False) -> ForwardGraphs:
+    """Of a CUDA device, with at most a sixteenth of `memory` for activations; elsewhere they do nothing.
+
+    `memory`: of the smallest device among ranks that share forwards; None: this one's.
+    """
     if device.type != "cuda":
         return ForwardGraphs()
-    total = torch.cuda.get_device_properties(device).total_memory
+    total = torch.cuda.get_device_properties(device).total_memory if memory is None else memory
     return ForwardGraphs(CudaRecorder(device), min(ROOM_BYTES, total // 16), shared=shared)
 
 

@@ -15,7 +15,7 @@ from rank_processes import module
 from safelight.configs.families import identify
 from safelight.runtime.models.flux.pipeline import FluxPipeline, load
 from safelight.runtime.models.registry import LoadOptions
-from safelight.runtime.parallel.mesh import build_mesh
+from safelight.runtime.parallel.mesh import Axis, build_mesh
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 from safelight.runtime.pipelines.protocol import DenoiseState
 from safelight.runtime.text.flux import load_tokenizer
@@ -28,6 +28,7 @@ def main(rank: int, world: int, group: dist.ProcessGroup, model: Path) -> None:
     tokenizer, requests = load_tokenizer(model, spec), module(REQUESTS)
     for layout in ((world, 1, 1), (1, world, 1), (1, 1, world)):
         mesh = build_mesh(group, *layout)
+        assert (mesh.window is not None) == (mesh.degree(Axis.ULYSSES) > 1)
         for dtype in (torch.float32, torch.bfloat16):
             pipeline = load(spec, LoadOptions(torch.device("cuda", rank), dtype, torch.float32, None, mesh))
             for made in requests.batches(tokenizer).values():

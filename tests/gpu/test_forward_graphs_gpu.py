@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rank_processes import run_ranks
 
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.parallel.mesh import ParallelMesh
-from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
+from safelight.runtime.pipelines import forward_graphs
+from safelight.runtime.pipelines.forward_graphs import CudaRecorder, ForwardGraphs
 from safelight.runtime.pipelines.protocol import DenoiseState
 
 pytestmark = [
@@ -104,6 +106,30 @@ def test_nothing_is_recorded(parity: Any, options: dict[str, Any]) -> None:
     for _ in range(3):
         states = pipeline.step(states)
     assert (pipeline.graphs.count, pipeline.graphs.room) == (0, 0)
+
+
+def test_pools_that_make_way_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_graphs, "IDLE_FORWARDS", 2)
+    graphs = ForwardGraphs(CudaRecorder(torch.device("cuda")), room=512 << 20)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        wide = x[:, None] * torch.arange(16, device=x.device)  # 16 times as large as its input
+        return wide.sum(1)
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for number in range(12):  # pools of 64 to 240 MB, each used three times and never again
+        x = torch.randn((1 << 20) + (number << 18), device="cuda")
+        needs = partial(int, 68 * x.numel())
+        for _ in range(4):
+            torch.testing.assert_close(graphs(forward, x, needs=needs), forward(x))
+        del x
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() - before < 640 << 20
+    assert graphs.count
+    graphs.clear()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 32 << 20
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,4 +1,4 @@
-"""On several CUDA devices: attention over all layouts of their ranks, by NCCL."""
+"""On several CUDA devices: attention over all layouts of their ranks, through windows and by NCCL."""
 
 from __future__ import annotations
 

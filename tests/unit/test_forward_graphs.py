@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
 import torch
+from deeper_wan import script
 from hypothesis import strategies as st
 from torch import Tensor
 
 from safelight.runtime.errors import JobFailed
 from safelight.runtime.pipelines import forward_graphs
+from safelight.runtime.pipelines.denoise import forward_bytes
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 
 
@@ -30,7 +35,7 @@ class Repeating:
     def __init__(self, fails: Exception | None = None) -> None:
         self.recorded, self.launched, self.fails, self.pools = 0, 0, fails, 0
 
-    def pool(self) -> int:
+    def pool(self, size: int) -> int:
         self.pools += 1
         return self.pools
 
@@ -187,7 +192,8 @@ def test_pools_never_exceed_the_room_and_results_are_right(forwards: list[tuple[
             made = graphs(forward, *given_, needs=lambda needs=needs: needs)  # type: ignore[misc]
             torch.testing.assert_close(made, Counted()(*given_), rtol=0, atol=0)
             assert sum(graphs._pools) <= 800
-            assert all(len(pool.recordings) <= 3 for pool in graphs._pools.values())
+            assert graphs.count <= 3
+            assert {made.size for made in graphs._made.values()} <= set(graphs._pools)
 
 
 def test_only_so_many_are_kept_and_the_least_recently_used_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +219,9 @@ def test_shapes_that_were_seen_once_are_forgotten_in_time(monkeypatch: pytest.Mo
     assert recorder.recorded == 0
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_forward_that_memory_does_not_suffice_to_record_runs_as_it_is_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     recorder, forward = Repeating(torch.OutOfMemoryError("no room")), Counted()
     graphs = ForwardGraphs(recorder)
     with caplog.at_level(logging.WARNING):
@@ -221,13 +229,13 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(caplog: pytest.L
             given = sample(seed)
             torch.testing.assert_close(graphs(forward, *given, needs=little), forward(*given), rtol=0, atol=0)
     assert [r.getMessage() for r in caplog.records] == [
-        "no CUDA graphs from here on, a forward cannot be recorded: no room"
+        "no CUDA graphs from here on, there is no memory to record a forward: no room"
     ]
     assert (graphs.count, graphs.room) == (0, 0)
 
 
 def test_what_shares_its_forward_with_other_ranks_does_not_run_alone_as_it_is() -> None:
-    graphs, forward = ForwardGraphs(Repeating(RuntimeError("no")), shared=True), Counted()
+    graphs, forward = ForwardGraphs(Repeating(torch.OutOfMemoryError("no")), shared=True), Counted()
     graphs(forward, *sample(0), needs=little)
     with pytest.raises(JobFailed, match="--no-cuda-graphs"):
         graphs(forward, *sample(0), needs=little)
@@ -240,11 +248,22 @@ def test_needs_are_asked_once_for_a_shape() -> None:
     assert len(asked) == 1
 
 
-def test_a_device_that_is_lost_is_not_taken_for_a_forward_that_cannot_be_recorded() -> None:
-    graphs, forward = ForwardGraphs(Repeating(torch.AcceleratorError("illegal address"))), Counted()
+@pytest.mark.parametrize("error", [torch.AcceleratorError("illegal address"), RuntimeError("not while capturing")])
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error: Exception) -> None:
+    graphs, forward = ForwardGraphs(Repeating(error)), Counted()
     graphs(forward, *sample(0), needs=little)
-    with pytest.raises(torch.AcceleratorError):
+    with pytest.raises(type(error)):
         graphs(forward, *sample(0), needs=little)
+
+
+def test_graphs_that_are_switched_off_need_no_room() -> None:
+    recorder, forward = Repeating(), Counted()
+    graphs = ForwardGraphs(recorder)
+    graphs(forward, *sample(0), needs=little)
+    graphs.switch_off()
+    for _ in range(3):
+        graphs(forward, *sample(0), needs=little)
+    assert (recorder.recorded, graphs.count, graphs.room) == (0, 0, 0)
 
 
 def test_without_a_recorder_nothing_is_asked_and_nothing_set_aside() -> None:
@@ -263,3 +282,49 @@ def test_cleared_graphs_are_recorded_anew() -> None:
         graphs.clear()
         assert graphs.count == 0
     assert recorder.recorded == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines
+
+
+CHECKPOINTS = {"wan": "wan2.1-t2v", "flux": "flux1-dev", "qwen": "qwen-image", "zimage": "z-image"}
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_steps_of_every_family_are_recorded_and_give_the_same_bits(family: str, tmp_path: Path) -> None:
+    cases = script("parity_table").family(family)
+    script("make_checkpoint").make(CHECKPOINTS[family], tmp_path)
+    both = cases.Parity(tmp_path)
+    recorder = Repeating()
+    recording = replace(both.ours, graphs=ForwardGraphs(recorder))
+    states = []
+    for number, prompt in enumerate(("a red cat", "the blue dog and the green bird, at night")):
+        request = both.request(replace(cases.CASES[0], prompt=prompt, steps=4, seed=number))
+        states.append(both.ours.prepare(request, both.ours.encode(request), 0))
+    with torch.inference_mode():
+        for batch in ([states[0]], states, [states[1]], [states[0]]):
+            plain = ours = batch
+            for _ in range(3):
+                plain, ours = both.ours.step(plain), recording.step(ours)
+                assert all(torch.equal(a.latents, b.latents) for a, b in zip(plain, ours, strict=True))
+    assert recording.graphs.count >= 2
+    assert recorder.launched > recorder.recorded
+
+
+def test_what_a_forward_needs_counts_its_samples_once_and_its_ranks() -> None:
+    class Known:
+        def __init__(self, ranks: int, dtype: torch.dtype) -> None:
+            self.mesh, self.transformer = SimpleNamespace(sequence_size=ranks), SimpleNamespace(dtype=dtype)
+
+        def profile(self, request: Any) -> Any:
+            return SimpleNamespace(step_peak_bytes=request)
+
+    state: Any = SimpleNamespace(request=800)
+    alone: Any = Known(1, torch.float32)
+    assert forward_bytes(alone, [state], 1) == 800
+    assert forward_bytes(alone, [state, state], 2) == 800  # both branches, which the profile counts
+    assert forward_bytes(alone, [state], 2) == 400  # one of them, on its rank of the cfg axis
+    assert forward_bytes(alone, [state] * 4, 2) == 1600  # two jobs
+    two: Any = Known(2, torch.bfloat16)
+    assert forward_bytes(two, [state, state], 2) == 200

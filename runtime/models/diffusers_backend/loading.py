@@ -29,6 +29,7 @@ _LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, Imp
 def load_diffusers(spec: ModelSpec, options: LoadOptions) -> Any:
     """The pipeline on its device. Pickles are never read; nothing is downloaded. Raises ModelError and ConfigError."""
     _quieten()
+    options.graphs.switch_off()  # its forwards are not ours to record
     try:
         with torch.inference_mode(False):  # its calls run outside of the executor's inference mode
             pipe = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]

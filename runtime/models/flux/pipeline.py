@@ -118,7 +118,8 @@ class FluxPipeline:
         timestep = torch.tensor(steps * len(own), dtype=torch.float32).to(self.device, non_blocking=True)
         latents = torch.stack([s.latents for s in states]).to(self.transformer.dtype).repeat(len(own), 1, 1, 1, 1)
         text = self._text(states, own)
-        predicted = self.graphs(self.transformer, latents, timestep, text, needs=partial(forward_bytes, self, states))
+        needs = partial(forward_bytes, self, [*states] * len(own), branches)
+        predicted = self.graphs(self.transformer, latents, timestep, text, needs=needs)
         predicted = torch.unflatten(predicted.float(), 0, (len(own), count))
         whole = gather_branches(predicted, branches, group=self.mesh.group(Axis.CFG))
         if branches == 1:

@@ -156,8 +156,8 @@ class QwenPipeline:
         text = torch.stack([state.conditioning.branch(branch) for branch, state in parts])
         pictures = zip(*(s.conditioning.references for s in states), strict=True)
         references = tuple(torch.stack(same).to(dtype) for same in pictures)
-        inputs = QwenInputs(text, references)
-        predicted = self.graphs(self.transformer, latents, timestep, inputs, needs=partial(forward_bytes, self, states))
+        inputs, needs = QwenInputs(text, references), partial(forward_bytes, self, states, 1)
+        predicted = self.graphs(self.transformer, latents, timestep, inputs, needs=needs)
         return list(predicted.float())
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

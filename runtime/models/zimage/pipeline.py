@@ -127,7 +127,7 @@ class ZImagePipeline:
         timestep = (1000 - torch.tensor(times, dtype=torch.float32)) / 1000
         latents = torch.stack([s.latents for s in states]).to(self.transformer.dtype)
         timestep, text = timestep.to(self.device, non_blocking=True), ZImageText(torch.stack(captions))
-        needs = partial(forward_bytes, self, states)
+        needs = partial(forward_bytes, self, states, 1 + (states[0].conditioning.negative is not None))
         return list(self.graphs(self.transformer, latents, timestep, text, needs=needs).float())
 
     def decode(self, state: DenoiseState, cursor: None) -> tuple[FrameChunk, None]:
