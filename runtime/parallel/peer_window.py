@@ -51,8 +51,11 @@ class PeerWindow:
         return self.to_heads.numel()
 
     def fits(self, batch: int, length: int, heads: int, dim: int, itemsize: int) -> bool:
-        """Whether an attention over this shape can be exchanged here; the same on every rank."""
-        if min(length, heads) < self.world:
+        """Whether an attention over this shape can be exchanged here; the same on every rank.
+
+        Not in compiled blocks: the compiler would see no stores in the kernels, and leave them out.
+        """
+        if min(length, heads) < self.world or torch.compiler.is_compiling():
             return False
         row = batch * dim * itemsize
         most = max(length * -(-heads // self.world), -(-length // self.world) * heads)
@@ -62,7 +65,6 @@ class PeerWindow:
     def _border(self) -> int:
         return self.memory.numel() // 4 * 3
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would see no stores, and leave the kernels out
     def tokens_to_heads(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Each (B, S/u, H, D) -> (B, S, H/u, D), S = `length`; valid until the next exchange."""
         from safelight.kernels.triton.exchange import push_heads
@@ -76,7 +78,6 @@ class PeerWindow:
         q, k, v = self._view(0, q.dtype, 3, batch, length, mine, dim).unbind(0)
         return q, k, v
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def heads_to_tokens(self, x: Tensor, heads: int) -> Tensor:
         """(B, S, H/u, D) -> (B, S/u, H, D), H = `heads`; valid until the next exchange."""
         from safelight.kernels.triton.exchange import push_tokens

@@ -79,8 +79,7 @@ class SequenceGroups:
             out = ring_attention(q, k, v, self.chunks(length), kernels.attention_lse, group=self.ring)
         if window is None:
             return heads_to_tokens(out, heads, group=self.ulysses)
-        whole: Tensor = window.heads_to_tokens(out, heads)
-        return whole
+        return window.heads_to_tokens(out, heads)
 
     def _even(self, length: int, heads: int) -> bool:
         ring, ulysses = (1 if g is None else dist.get_world_size(g) for g in (self.ring, self.ulysses))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safelight.kernels.reference.attention import attention_lse
+from safelight.runtime.parallel import peer_window
 from safelight.runtime.parallel.cfg import gather_branches
 from safelight.runtime.parallel.mesh import ParallelMesh, build_mesh
 from safelight.runtime.parallel.ring import ring_attention
@@ -138,12 +139,27 @@ def next_chunk_travels_while_one_is_attended_to(group: dist.ProcessGroup) -> Non
     agreed(group, events == ["pass on", "attend", "wait", "wait"] * (world - 1) + ["attend"])
 
 
+def what_fails_on_one_rank_is_had_by_none(group: dist.ProcessGroup) -> None:
+    """Opening a window: no rank goes on with one that another has not got, and no rank waits for it."""
+    rank, cpu = dist.get_rank(group), torch.device("cpu")
+
+    def opened(failing: int | None) -> str:
+        if rank == failing:
+            raise RuntimeError("not here")
+        return "open"
+
+    found = [peer_window._together(group, cpu, lambda f=failing: opened(f)) for failing in (None, 0, 1)]  # type: ignore[misc]
+    agreed(group, found == ["open", None, None])
+
+
 def main(rank: int, world: int, group: dist.ProcessGroup, folder: Path) -> None:
     single = SequenceGroups.of(ParallelMesh.single())
     assert single.alone
     with (folder / f"{rank}.txt").open("w") as lines:
         next_chunk_travels_while_one_is_attended_to(group)
         lines.write("overlap\n")
+        what_fails_on_one_rank_is_had_by_none(group)
+        lines.write("together\n")
         for name, holds in properties(group).items():
             holds()
             lines.write(f"{name}\n")

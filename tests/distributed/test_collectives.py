@@ -24,7 +24,7 @@ RANKS = Path(__file__).with_name("collective_ranks.py")
 def test_collectives_move_what_they_say_and_their_inverses_undo_it(tmp_path: Path, world: int) -> None:
     run_ranks(RANKS, world, tmp_path, tmp_path)
     for rank in range(world):
-        assert len((tmp_path / f"{rank}.txt").read_text().splitlines()) == 7
+        assert len((tmp_path / f"{rank}.txt").read_text().splitlines()) == 8
 
 
 @settings(deadline=None)

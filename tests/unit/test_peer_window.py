@@ -111,3 +111,10 @@ def test_ranks_that_have_no_memory_in_common_are_told(
     found = apart(hosts, devices)
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+def test_compiled_blocks_send_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = window(1 << 20)
+    assert made.fits(1, 16, 4, 8, 2)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not made.fits(1, 16, 4, 8, 2)
