@@ -19,7 +19,7 @@ import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -186,11 +186,8 @@ class CudaRecorder:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 output = call()
-            except BaseException:
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            finally:
+                graph.capture_end()
         return graph.replay, output
 
 
