@@ -6,6 +6,7 @@ exit code is left in FOLDER.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -46,8 +47,9 @@ def main(folder: Path, agent: int, command: list[str]) -> None:
 def _leave(folder: Path, code: int, agent: int) -> None:
     """The exit code for rank 0, which deletes the folder once it has read it. Nobody does when the ranks are gone."""
     temporary = folder / f".{EXIT_FILE}"
-    temporary.write_text(str(code), encoding="ascii")
-    temporary.replace(folder / EXIT_FILE)
+    with contextlib.suppress(FileNotFoundError):  # the folder is gone, and nobody waits any more
+        temporary.write_text(str(code), encoding="ascii")
+        temporary.replace(folder / EXIT_FILE)
     deadline = time.monotonic() + _READING_S
     while folder.exists() and time.monotonic() < deadline:
         if select.select([agent], [], [], 0.05)[0]:

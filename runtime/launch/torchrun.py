@@ -246,10 +246,17 @@ def _open_process(frontend: Frontend) -> int | None:
     """A descriptor of the command's process, unless that has ended."""
     try:
         handle = os.pidfd_open(frontend.pid)
-        arguments = Path(f"/proc/{frontend.pid}/cmdline").read_bytes().split(b"\0")
+        while not (line := _command_line(frontend.pid)):  # it is being executed, and not set up yet; or it has ended
+            if select.select([handle], [], [], _POLL_S)[0]:
+                break
     except OSError:
         return None
-    if os.fsencode(frontend.folder) in arguments:
+    if os.fsencode(frontend.folder) in line.split(b"\0"):
         return handle
     os.close(handle)
     return None
+
+
+def _command_line(pid: int) -> bytes:
+    """Empty for a process that has ended, and for one within exec: its parent may go on before it has arguments."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

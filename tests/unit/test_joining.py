@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import select
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -322,3 +326,43 @@ def test_loopback_serves_several_nodes_only_where_it_was_named(tmp_path: Path) -
     with pytest.raises(ConfigError, match="which other nodes cannot reach") as caught:
         worker_endpoint(tmp_path, args, dataclasses.replace(named, master_addr="localhost"))
     assert caught.value.param == "interface"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command beside rank 0
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], torchrun.Frontend]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)])
+    try:
+        yield process, torchrun.Frontend("", "", process.pid, str(tmp_path))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_command_that_has_no_arguments_yet_is_not_taken_for_one_that_has_ended(
+    command: tuple[subprocess.Popen[bytes], torchrun.Frontend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent may go on while the kernel is still setting it up, as happens on a busy machine."""
+    process, frontend = command
+    read, early = torchrun._command_line, [b"", b""]
+    monkeypatch.setattr(torchrun, "_command_line", lambda pid: early.pop() if early else read(pid))
+    handle = torchrun._open_process(frontend)
+    assert not early
+    assert handle is not None
+    process.kill()
+    assert select.select([handle], [], [], 10)[0]
+    os.close(handle)
+
+
+def test_a_command_that_has_ended_or_whose_number_is_anothers_is_not_found(
+    command: tuple[subprocess.Popen[bytes], torchrun.Frontend],
+) -> None:
+    process, frontend = command
+    assert torchrun._open_process(structs.replace(frontend, folder="/another")) is None
+    process.kill()
+    assert torchrun._open_process(frontend) is None  # not waited for: it has no arguments any more
+    process.wait()
+    assert torchrun._open_process(frontend) is None
