@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_waits import no_waits
 from rank_processes import module
 from torch import Tensor
 
@@ -110,11 +111,8 @@ def test_fused_forward_in_bfloat16_is_as_near_to_float32_as_plain_torch() -> Non
 def test_a_forward_never_waits_for_the_device() -> None:
     model, sample = build(torch.bfloat16, select_kernels(torch.device("cuda"))), inputs()
     model(*sample)  # kernels are compiled and loaded once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         model(*sample)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
@@ -173,11 +171,8 @@ def test_steps_never_wait_for_the_device(parity: Any, true_cfg: float) -> None:
     states = [pipeline.prepare(r, pipeline.encode(r), 0) for r in requests]
     states = pipeline.step(states)  # the first use of a kernel may load it
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         states = pipeline.step(states)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(state.latents).all() for state in states)
 
 

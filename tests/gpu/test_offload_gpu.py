@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deeper_wan import deeper_wan, script
+from device_waits import no_waits
 
 from safelight.configs.families import identify
 from safelight.kernels.dispatch import select_kernels
@@ -35,13 +35,6 @@ WIDE = WanConfig(12, 128, 16, 16, 512, 256, 8960, 8)  # 53 M parameters a block
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deeper_wan(tmp_path_factory.mktemp("wan"), 5)
-
-
-@pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.synchronize()
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def request(seed: int = 3) -> GenerationRequest:
@@ -81,20 +74,18 @@ def test_every_op_gives_the_bits_of_resident_weights(checkpoint: Path, pin: bool
     assert next(pipeline.vae.module.parameters()).device.type == "cpu"
 
 
-@pytest.mark.usefixtures("waiting_is_an_error")
 def test_no_op_waits_for_the_device(checkpoint: Path) -> None:
     pipeline = loaded(checkpoint, *ALL)
     run(pipeline)  # the first use of a kernel may load it
     with torch.inference_mode():
         state = pipeline.prepare(request(), pipeline.encode(request()), 0)
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(4):
-            (state,) = pipeline.step([state])
-        with pipeline.residency.on_device("text_encoder"):
-            pass
-        with pipeline.residency.on_device("vae"):
-            pass
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waits():
+            for _ in range(4):
+                (state,) = pipeline.step([state])
+            with pipeline.residency.on_device("text_encoder"):
+                pass
+            with pipeline.residency.on_device("vae"):
+                pass
     assert torch.isfinite(state.latents).all()
 
 

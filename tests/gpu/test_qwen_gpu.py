@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_waits import no_waits
 from torch import Tensor
 
 from safelight.kernels.dispatch import KernelSet, reference_kernels, select_kernels, triton_kernels
@@ -88,11 +89,8 @@ def test_fused_forward_in_bfloat16_is_as_near_to_float32_as_plain_torch() -> Non
 def test_a_forward_never_waits_for_the_device() -> None:
     model, sample = build(torch.bfloat16, select_kernels(torch.device("cuda"))), inputs()
     model(*sample)  # kernels are compiled and loaded once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         model(*sample)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
@@ -155,12 +153,9 @@ def test_steps_never_wait_for_the_device(parity: Any, scale: float) -> None:
     requests = [parity.request(case(scale=scale, prompt=prompt)) for prompt in ("a cat", "the dog is blue")]
     states = [pipeline.prepare(r, pipeline.encode(r), 0) for r in requests]
     states = pipeline.step(states)  # the first use of a kernel may load it
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         for _ in range(2):
             states = pipeline.step(states)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(state.latents).all() for state in states)
 
 

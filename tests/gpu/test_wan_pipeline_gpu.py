@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from device_waits import no_waits
 
 from safelight.configs.families import identify
 from safelight.runtime.messages import Denoise, Encode, Endpoints, Op, Plan, Prepare, Preview, UnitRef, WorkerSpec
@@ -57,14 +57,6 @@ def on_gpu(parity: Any, dtype: torch.dtype) -> WanPipeline:
     return load(spec, LoadOptions(torch.device("cuda"), dtype, torch.float32, None, ParallelMesh.single()))
 
 
-@pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.synchronize()
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.usefixtures("waiting_is_an_error")
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_steps_never_wait_for_the_device(parity: Any, guidance: float) -> None:
     pipeline = on_gpu(parity, torch.bfloat16)
@@ -73,14 +65,12 @@ def test_steps_never_wait_for_the_device(parity: Any, guidance: float) -> None:
         requests = [parity.request(case) for case in cases]
         states = [pipeline.prepare(r, pipeline.encode(r), 0) for r in requests]
         states = pipeline.step(states)  # the first use of a kernel may load it
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(STEPS - 1):
-            states = pipeline.step(states)
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waits():
+            for _ in range(STEPS - 1):
+                states = pipeline.step(states)
     assert all(torch.isfinite(state.latents).all() for state in states)
 
 
-@pytest.mark.usefixtures("waiting_is_an_error")
 @pytest.mark.parametrize("sampler", ["unipc", "euler"])
 def test_previews_never_wait_for_the_device_and_are_whole_when_their_copy_has_passed(
     parity: Any, sampler: str, tmp_path: Path
@@ -105,9 +95,8 @@ def test_previews_never_wait_for_the_device_and_are_whole_when_their_copy_has_pa
     with torch.inference_mode():
         run(0, Encode("a", 0, request), Prepare("a", 0, 0), *step(0))  # the first use of a kernel may load it
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        launched = run(1, *step(1))
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waits():
+            launched = run(1, *step(1))
         preview = launched.ops[-1].preview
         assert preview is not None
         assert preview.copied is not None

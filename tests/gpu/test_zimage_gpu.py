@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from device_waits import no_waits
 from torch import Tensor
 
 from safelight.kernels.dispatch import KernelSet, reference_kernels, select_kernels, triton_kernels
@@ -110,11 +111,8 @@ def test_fused_forward_in_bfloat16_is_as_near_to_float32_as_plain_torch() -> Non
 def test_a_forward_never_waits_for_the_device() -> None:
     model, sample = build(torch.bfloat16, select_kernels(torch.device("cuda"))), inputs()
     predict(model, sample)  # kernels are compiled and loaded once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         predict(model, sample)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
