@@ -95,13 +95,11 @@ def build_mesh(
             if rank in members:
                 groups[axis] = group
     even = yunchang_attention(ulysses, ring, rank, size) if sp_impl == "yunchang" else None
-    window = open_window(ours) if (ours := groups[Axis.ULYSSES]) and _may_open(world, transport, even) else None
     least = least_memory(world) if "nccl" in dist.get_backend(world) else None
+    window, sharers = None, groups[Axis.ULYSSES]
+    if least is not None and sharers is not None and transport == "auto" and even is None:
+        window = open_window(sharers, least)
     return ParallelMesh(rank, size, degrees, groups, world, even, encoder, _tp_group(world, tp), window, least)
-
-
-def _may_open(world: dist.ProcessGroup, transport: str, even: object) -> bool:
-    return transport == "auto" and even is None and "nccl" in dist.get_backend(world)
 
 
 def _tp_group(world: dist.ProcessGroup, tp: int) -> dist.ProcessGroup | None:

@@ -97,14 +97,14 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def open_window(group: dist.ProcessGroup, size: int = WINDOW_BYTES) -> PeerWindow | None:
-    """Collective over a NCCL group whose ranks use the current CUDA device: its window of `size` bytes, at most a
-    thirty-second of a device; None where the devices cannot reach each other's memory."""
+def open_window(group: dist.ProcessGroup, least: int) -> PeerWindow | None:
+    """Collective over a NCCL group whose ranks use the current CUDA device: its window, of at most a thirty-second of
+    `least`, the memory of the smallest device; None where the devices cannot reach each other's memory."""
     device = torch.device("cuda", torch.cuda.current_device())
     if obstacle := _obstacle(group, device):
         log.warning("Ulysses goes through NCCL: %s", obstacle)
         return None
-    size = min(size, least_memory(group) // 32) // 1024 * 1024
+    size = min(WINDOW_BYTES, least // 32) // 1024 * 1024
     memory = _together(group, device, lambda: _allocate(group, device, size))
     return None if memory is None else _together(group, device, lambda: _meet(group, memory))
 
