@@ -363,6 +363,7 @@ def test_a_command_that_has_ended_or_whose_number_is_anothers_is_not_found(
     process, frontend = command
     assert torchrun._open_process(structs.replace(frontend, folder="/another")) is None
     process.kill()
-    assert torchrun._open_process(frontend) is None  # not waited for: it has no arguments any more
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not waited for: it has no arguments any more
+    assert torchrun._open_process(frontend) is None
     process.wait()
     assert torchrun._open_process(frontend) is None
