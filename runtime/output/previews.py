@@ -8,7 +8,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -29,28 +28,23 @@ class Previews:
     def __init__(self, pool: ThreadPoolExecutor, wake: Callable[[], None]) -> None:
         self._pool = pool
         self._wake = wake
-        self._waiting = 0
-        self._done: deque[tuple[PreviewReady, Future[tuple[PreviewMade, bytes]]]] = deque()
+        self._waiting: deque[tuple[PreviewReady, Future[tuple[PreviewMade, bytes]]]] = deque()
 
     def add(self, message: PreviewReady, frames: tuple[memoryview, ...], job: OpenJob) -> None:
         """Has a preview encoded. Raises ProtocolError for one that does not match its description."""
         pixels = _pixels(message, frames)
-        if self._waiting >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             return
-        self._waiting += 1
-
-        def finished(future: Future[tuple[PreviewMade, bytes]]) -> None:
-            self._done.append((message, future))
-            self._wake()
-
-        self._pool.submit(partial(encode, message, pixels, job)).add_done_callback(finished)
+        future = self._pool.submit(encode, message, pixels, job)
+        self._waiting.append((message, future))
+        future.add_done_callback(lambda _: self._wake())
 
     def collect(self) -> list[tuple[int, PreviewMade, bytes]]:
-        """(attempt, message without its number in the job's events, the picture) of each that is done."""
+        """(attempt, message without its number in the job's events, the picture) of each that is done, in the order in
+        which they were added: a stream takes no preview after a later one."""
         made = []
-        while self._done:
-            message, future = self._done.popleft()
-            self._waiting -= 1
+        while self._waiting and self._waiting[0][1].done():
+            message, future = self._waiting.popleft()
             if future.cancelled():
                 continue
             if (error := future.exception()) is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import queue
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,9 +28,19 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.jobs import load_tokenizer, request_of
 from safelight.runtime import hub
 from safelight.runtime.errors import ModelError, ProtocolError
-from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec, OpenJob, PreviewReady, TensorRef
+from safelight.runtime.messages import (
+    GenerationRequest,
+    MediaFormat,
+    MediaSpec,
+    OpenJob,
+    PreviewMade,
+    PreviewReady,
+    TensorRef,
+)
 from safelight.runtime.models.registry import LoadOptions, load_pipeline
+from safelight.runtime.output.media import Frames
 from safelight.runtime.output.previews import MAX_WAITING, Previews
+from safelight.runtime.output.previews import encode as encode_preview
 from safelight.runtime.parallel.mesh import ParallelMesh
 from safelight.runtime.pipelines.preview import LatentColours, predicted_x0
 from safelight.runtime.pipelines.protocol import DenoiseState, Pipeline, SamplerState
@@ -283,3 +295,24 @@ def test_what_is_not_as_described_is_refused_and_too_many_are_left_out() -> None
         previews.add(*ready(4, 4, number), job)
     pool.shutdown()
     assert [made.number for _, made, _ in previews.collect()] == list(range(MAX_WAITING))
+
+
+def test_previews_are_collected_in_order_when_the_later_is_encoded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = OpenJob(JOB, "me", MediaSpec(MediaFormat.PNG), 8, 1, 128, 128, 1)
+    slow, encoded = threading.Event(), queue.SimpleQueue[int]()
+
+    def encode(message: PreviewReady, pixels: Frames, job: OpenJob) -> tuple[PreviewMade, bytes]:
+        assert message.number > 0 or slow.wait(60)
+        return encode_preview(message, pixels, job)
+
+    monkeypatch.setattr("safelight.runtime.output.previews.encode", encode)
+    with ThreadPoolExecutor(2) as pool:
+        previews = Previews(pool, lambda: encoded.put(1))
+        for number in range(3):
+            previews.add(*ready(4, 4, number), job)
+        for _ in range(2):
+            encoded.get(timeout=60)
+        assert previews.collect() == []
+        slow.set()
+        encoded.get(timeout=60)
+        assert [made.number for _, made, _ in previews.collect()] == [0, 1, 2]
