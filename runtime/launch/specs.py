@@ -17,14 +17,14 @@ from safelight.runtime.launch.processes import Group
 from safelight.runtime.messages import Endpoints, Join, OutputSpec, SchedulerSpec, SlotPool, Welcome, WorkerSpec
 
 
-def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path, world_size: int) -> SchedulerSpec:
+def scheduler_spec(args: ServerArgs, run: RunFolder, pool: SlotPool, model: Path) -> SchedulerSpec:
     return SchedulerSpec(
         endpoints=endpoints_of(args, run),
         journal=str(run.journal),
         checkpoint_dir=str(run.checkpoints),
         model_path=str(model),
         groups=args.replicas,
-        world_size=world_size,
+        world_size=args.group_size,
         slots=pool,
         policy=args.policy,
         max_queue=args.max_queue,

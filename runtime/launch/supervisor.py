@@ -1,4 +1,4 @@
-"""Starts scheduler, output, frontend and worker groups, watches them, starts again what died. Holds no job state."""
+"""Starts scheduler, output, frontend and worker groups and watches over them. Holds no job state."""
 
 from __future__ import annotations
 
@@ -16,38 +16,33 @@ import zmq
 from safelight.configs.families import FAMILIES, identify
 from safelight.configs.server_args import ServerArgs
 from safelight.runtime import slots, transport
-from safelight.runtime.errors import ConfigError, ModelError, StartupError, UnsupportedModel, from_code
+from safelight.runtime.errors import StartupError
 from safelight.runtime.inputs import InputStore
 from safelight.runtime.launch import specs
-from safelight.runtime.launch.children import MAX_FAILED_STARTS, Children
+from safelight.runtime.launch.children import Children
 from safelight.runtime.launch.devices import resolve_device
 from safelight.runtime.launch.folders import RunFolder, create_run_folder
-from safelight.runtime.launch.joining import JoinDesk, JoinedRank
-from safelight.runtime.launch.processes import Group, Rank, RankStarter
+from safelight.runtime.launch.groups import WorkerGroups
+from safelight.runtime.launch.processes import Group, RankStarter
 from safelight.runtime.messages import (
     ControlHeartbeat,
     Drain,
     Drained,
     Endpoints,
-    ErrorInfo,
     FromControlled,
     FrontendSpec,
-    GroupFailed,
-    GroupGivenUp,
-    GroupStarting,
+    Join,
     KillGroup,
     OutputSpec,
-    PhaseReport,
-    RankExited,
     RankSilent,
-    Ready,
     SchedulerSpec,
     SlotPool,
     ToControlled,
+    Welcome,
+    WorkerSpec,
 )
 
 DRAIN_SAVING_S = 120.0  # after the grace detached jobs are saved, which takes as long as the steps under way
-_FINAL_ERRORS = (ConfigError.code, ModelError.code, UnsupportedModel.code)  # trying again cannot help
 log = logging.getLogger(__name__)
 
 
@@ -72,9 +67,8 @@ class Supervisor:
         joining = args.worker_endpoint is not None  # the ranks, wherever they are, know their devices
         self._device = args.device if joining else resolve_device(args.device, args.num_gpus)
         spec = identify(model_root, args.backend, args.trust_remote_code)
-        pipeline = FAMILIES[spec.family].pipeline
-        self._starter = RankStarter(["safelight.runtime.worker.main", pipeline.partition(":")[0]])
-        self._groups = [Group(number) for number in range(args.replicas)]
+        starter = RankStarter(["safelight.runtime.worker.main", FAMILIES[spec.family].pipeline.partition(":")[0]])
+        self._groups = WorkerGroups(args, starter, self._rank_spec, self._welcome, self._tell)
         self._children: Children | None = None
         self._frontend = frontend
         self._roles = ("scheduler", "output", "frontend") if frontend else ("scheduler", "output")
@@ -82,7 +76,6 @@ class Supervisor:
         self._pool: SlotPool | None = None
         self._context: zmq.Context[Any] = zmq.Context()
         self._control: transport.Channel[FromControlled] | None = None
-        self._desk: JoinDesk | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._changed = threading.Condition()
         self._stopping = False
@@ -96,19 +89,14 @@ class Supervisor:
 
     def start(self) -> Supervisor:
         """Makes folders and slots and starts all processes. Raises StartupError; then nothing is left behind."""
-        joining = self._args.worker_endpoint
-        if joining is None:
-            self._starter.warm()
+        self._groups.warm()
         self._run_folder = create_run_folder(Path(self._args.state_dir) if self._args.state_dir else None)
         try:
             self._pool = slots.create_pool(self._run_folder.slots, self._args.frame_slots, self._slot_bytes)
             self._control = transport.bind_router(self._context, self.endpoints.control, FromControlled)
-            if joining is not None:
-                self._desk = JoinDesk(self._context, joining, self._args.keys, self._args.num_gpus, self._device)
             self._children = Children(self._roles, self._child_spec, self._control)
             self._children.start()
-            for group in self._groups:
-                self._start_group(group)
+            self._groups.start(self._context, self._device)
         except BaseException:
             self._teardown()
             raise
@@ -142,12 +130,11 @@ class Supervisor:
         told = ""
         while True:
             with self._changed:
-                phases = {group.phase for group in self._groups}
                 if self.failure:
                     raise self.failure
-                if all(group.ready or group.given_up for group in self._groups):
+                if self._groups.settled:
                     return
-                phase = ", ".join(sorted(phases))
+                phase = self._groups.phase
                 if phase == told:
                     self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic())))
             if phase != told and on_phase:
@@ -171,11 +158,7 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """Ids of our processes by role ("scheduler", "output", "worker 0.0", ...), for people and for tests."""
         with self._changed:
-            found = self._children.pids() if self._children else {}
-            for group in self._groups:
-                ours = (rank for rank in group.ranks if isinstance(rank, Rank))
-                found |= {f"worker {group.number}.{i}": rank.pid for i, rank in enumerate(ours)}
-            return found
+            return (self._children.pids() if self._children else {}) | self._groups.pids()
 
     def begin_drain(self, grace_s: float) -> None:
         """Accepts nothing new; what runs may finish within the grace. A second call sets another grace."""
@@ -223,7 +206,7 @@ class Supervisor:
         except Exception as error:  # the main of the supervisor: a silent end would leave the server unwatched
             log.exception("the supervisor ends")
             with self._changed:
-                self._fail(f"the supervisor cannot go on: {error}")
+                self.failure = StartupError(f"the supervisor cannot go on: {error}")
                 self._changed.notify_all()
 
     def _watch_once(self) -> None:
@@ -231,17 +214,14 @@ class Supervisor:
         with self._changed:
             now = time.monotonic()
             assert self._children is not None
-            if reason := self._children.watch(ready):
-                self._fail(reason)
-            if self._desk:
-                self._watch_desk(self._desk)
-            for group in self._groups:
-                self._watch_group(group, ready)
+            ended = self._children.watch(ready)
+            self._groups.watch(ready)
             assert self._control is not None
             for received in self._control.receive_all():
                 self._handle(received.identity, received.message, now)
-            if reason := self._children.watch_silence(now):
-                self._fail(reason)
+            if reason := ended or self._children.watch_silence(now):
+                self.failure = StartupError(reason)
+            self.failure = self.failure or self._groups.failure
             if self._drain_until is not None and not self._drain_told:
                 self._drain_told = self._tell(Drain(max(0.0, self._drain_until - now)))
             self._changed.notify_all()
@@ -250,12 +230,10 @@ class Supervisor:
         assert self._control is not None
         poller = zmq.Poller()
         poller.register(self._control.socket, zmq.POLLIN)
-        if self._desk:
-            poller.register(self._desk.socket, zmq.POLLIN)
+        if desk := self._groups.socket:
+            poller.register(desk, zmq.POLLIN)
         descriptors = [self._wake, *(self._children.descriptors() if self._children else ())]
-        for group in self._groups:
-            for rank in group.ranks:
-                descriptors += rank.descriptors()
+        descriptors += self._groups.descriptors()
         for descriptor in descriptors:
             poller.register(descriptor, zmq.POLLIN)
         found = {key for key, _events in poller.poll(500) if isinstance(key, int)}
@@ -267,155 +245,46 @@ class Supervisor:
         match message:
             case ControlHeartbeat(role=role):
                 if self._children and self._children.heard(identity, message, now) and role == "scheduler":
-                    self._introduce_groups()
-            case RankSilent(number, rank, epoch, seconds):
-                group = self._group(number, epoch)
-                if group and 0 <= rank < len(group.ranks):
-                    state = group.ranks[rank].state()
-                    if state in "TtZX":
-                        self._restart_group(group, f"rank {rank} silent for {seconds:.0f} s, process state {state}")
-            case KillGroup(number, epoch, reason):
-                if group := self._group(number, epoch):
-                    self._restart_group(group, reason)
+                    self._groups.introduce()
+                    self._drain_told = False
+            case RankSilent() | KillGroup():
+                self._groups.complaint(message)
             case Drained():
                 self._drained = True
-
-    def _group(self, number: int, epoch: int) -> Group | None:
-        """A running group in this very epoch; what is said of another is late, or nonsense."""
-        group = self._groups[number] if 0 <= number < len(self._groups) else None
-        return group if group and group.epoch == epoch and group.ranks else None
 
     def _tell(self, message: ToControlled) -> bool:
         """To the scheduler, whether it was sent; what a new one must know is told at its first heartbeat."""
         return self._children is not None and self._children.tell("scheduler", message)
 
-    def _introduce_groups(self) -> None:
-        """What a new scheduler must know: the newest epoch of each group, and that earlier ones are dead."""
-        for group in self._groups:
-            if group.epoch > 0:
-                self._tell(RankExited(group.number, group.epoch - 1, "before this scheduler"))
-            self._announce(group)
-        self._drain_told = False
-
-    def _announce(self, group: Group) -> None:
-        if group.given_up:
-            self._tell(GroupGivenUp(group.number, group.given_up))
-        else:
-            self._tell(GroupStarting(group.number, group.epoch, self._world_size))
-
-    # ---- children
+    # ---- what each process is told at its start
 
     def _child_spec(self, role: str) -> SchedulerSpec | OutputSpec | FrontendSpec:
         assert self._run_folder is not None
         assert self._pool is not None
         if role == "scheduler":
-            return specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root, self._world_size)
+            return specs.scheduler_spec(self._args, self._run_folder, self._pool, self._model_root)
         if role == "frontend":
             assert self._frontend is not None
             return self._frontend(self.endpoints)
         return specs.output_spec(self._args, self._run_folder, self._pool)
 
-    # ---- groups
-
-    @property
-    def _world_size(self) -> int:
-        return self._args.group_size
-
-    def _start_group(self, group: Group) -> None:
+    def _rank_spec(self, group: Group, rank: int) -> WorkerSpec:
         assert self._run_folder is not None
         assert self._pool is not None
-        group.error, group.phase = None, "starting"
-        if self._desk:
-            return  # torchrun starts its ranks
-        for rank in range(self._world_size):
-            spec = specs.worker_spec(
-                self._args, self._run_folder, self._pool, self._model_root, self._device, group, rank
-            )
-            group.ranks.append(self._starter.start(spec))
+        return specs.worker_spec(self._args, self._run_folder, self._pool, self._model_root, self._device, group, rank)
 
-    def _watch_group(self, group: Group, ready: set[int]) -> None:
-        for number, rank in enumerate(group.ranks):
-            if self._desk or ready.intersection(rank.descriptors()):
-                for message in rank.messages():
-                    self._note_status(group, rank, message)
-            if (end := rank.ended(ready)) or (self._desk and group.error):
-                self._restart_group(group, group.error.message if group.error else f"rank {number} {end}")
-                return
-
-    def _watch_desk(self, desk: JoinDesk) -> None:
-        """Ranks that torchrun started come and go by rounds of all of them."""
-        if (reason := desk.receive()) and (at_work := next((group for group in self._groups if group.ranks), None)):
-            self._restart_group(at_work, reason)
-        if ranks := desk.begin():
-            for group in self._groups:
-                self._welcome(group, [ranks[group.number * self._world_size + i] for i in range(self._world_size)])
-        for group in self._groups:
-            group.phase = group.phase if desk.round else desk.phase
-        if desk.idle_s > self._args.startup_timeout_s:
-            self._fail(f"{desk.phase}, and that for {desk.idle_s:.0f} s; raise --startup-timeout-s, or start them")
-
-    def _welcome(self, group: Group, ranks: list[JoinedRank]) -> None:
+    def _welcome(self, group: Group, rank: int, join: Join) -> Welcome:
         assert self._run_folder is not None
         assert self._pool is not None
-        group.epoch += 1
-        group.ranks, group.phase = [*ranks], "starting"
-        self._announce(group)
-        for number, rank in enumerate(ranks):
-            folders = (self._run_folder, self._pool, self._model_root)
-            rank.welcome(specs.welcome(self._args, *folders, rank.join, group, number))
-
-    def _note_status(self, group: Group, rank: Any, message: PhaseReport | Ready | GroupFailed) -> None:
-        match message:
-            case PhaseReport(phase=phase):
-                group.phase = phase
-            case Ready():
-                rank.ready = True
-                if group.ready:
-                    group.phase, group.failed_starts = "ready", 0
-            case GroupFailed(error=error):
-                group.error = group.error or error
-
-    def _restart_group(self, group: Group, reason: str) -> None:
-        was_ready = group.ready
-        log.error("group %d epoch %d ends: %s", group.number, group.epoch, reason)
-        group.kill()
-        self._tell(RankExited(group.number, group.epoch, reason))
-        group.failed_starts = 0 if was_ready else group.failed_starts + 1
-        final = group.error is not None and group.error.code in _FINAL_ERRORS and not was_ready
-        if self._desk:
-            self._desk.end()  # its agent restarts all ranks of torchrun together
-        if final or group.failed_starts >= MAX_FAILED_STARTS:
-            group.phase = "dead"
-            group.given_up = group.error or ErrorInfo(StartupError.code, reason)
-            self._announce(group)
-            if self._desk or all(other.given_up for other in self._groups):
-                self._fail(group.given_up.message, group.given_up)
-            return
-        group.epoch += 1
-        self._start_group(group)
-        self._announce(group)
-        if self._desk and (other := next((other for other in self._groups if other.ranks), None)):
-            self._restart_group(other, reason)
+        return specs.welcome(self._args, self._run_folder, self._pool, self._model_root, join, group, rank)
 
     # ---- the end
-
-    def _fail(self, message: str, info: ErrorInfo | None = None) -> None:
-        error = StartupError(message)
-        if info and info.code in _FINAL_ERRORS:
-            error.__cause__ = from_code(info.code, info.message, info.param)
-        self.failure = error
 
     def _teardown(self) -> None:
         if self._children:
             self._children.stop_frontend()
             self._children.say_shutdown()
-        if self._desk:
-            self._desk.dismiss()
-            self._desk = None
-            for group in self._groups:
-                group.ranks = []
-        for group in self._groups:
-            group.kill()
+        self._groups.end()
         if self._children:
             self._children.end()
             self._children = None

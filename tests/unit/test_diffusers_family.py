@@ -357,7 +357,7 @@ def test_the_arguments_reach_scheduler_and_workers(sd3: ModelSpec, tmp_path: Pat
     try:
         pool = SlotPool("x", 1, 1)
         worker = worker_spec(args, run, pool, sd3.root, "cpu", Group(0), 0)
-        scheduler = scheduler_spec(args, run, pool, sd3.root, 1)
+        scheduler = scheduler_spec(args, run, pool, sd3.root)
     finally:
         run.remove()
     assert worker.trust_remote_code

@@ -23,16 +23,16 @@ class ReadyRank:
 def supervisor() -> Iterator[Supervisor]:
     made = Supervisor(ServerArgs(device="cpu", num_gpus=2, replicas=2), hub.builtin_model(), 1024)
     yield made
-    for group in made._groups:
+    for group in made._groups.groups:
         group.ranks = []
     made.stop()
 
 
 def test_a_group_given_up_does_not_keep_the_others_waiting(supervisor: Supervisor) -> None:
-    supervisor._groups[0].ranks = [cast(Rank, ReadyRank())]
+    supervisor._groups.groups[0].ranks = [cast(Rank, ReadyRank())]
     with pytest.raises(StartupError, match="not ready after"):
         supervisor.wait_ready(0.01)
-    supervisor._groups[1].given_up = ErrorInfo("startup_error", "no memory")
+    supervisor._groups.groups[1].given_up = ErrorInfo("startup_error", "no memory")
     supervisor.wait_ready(0.01)
 
 
@@ -41,4 +41,4 @@ def test_a_group_given_up_does_not_keep_the_others_waiting(supervisor: Superviso
 )
 def test_messages_about_groups_that_are_not_there_are_ignored(supervisor: Supervisor, message: Any) -> None:
     supervisor._handle(b"scheduler", message, 0.0)
-    assert [group.epoch for group in supervisor._groups] == [0, 0]
+    assert [group.epoch for group in supervisor._groups.groups] == [0, 0]
