@@ -898,7 +898,6 @@ class WorkerSpec(Part):
     num_threads: int
     ranks_on_host: int  # they share its memory
     log_level: str
-    compile: bool = False
     cfg_degree: int = 1  # cfg x ring x ulysses is world_size
     ring_degree: int = 1
     ulysses_degree: int = 1

@@ -90,7 +90,9 @@ class GuidedStep:
     def __init__(self, model: WanTransformer, mesh: ParallelMesh, device: torch.device, size: str, frames: int) -> None:
         self.model, self.blocks = model, model.blocks
         unused: Any = None  # the parts of a pipeline that a step has no use for
-        self.pipeline = WanPipeline(unused, device, mesh, FLOW, model, unused, unused)
+        self.pipeline = WanPipeline(
+            spec=unused, device=device, mesh=mesh, flow=FLOW, transformer=model, vae=unused, text_encoder=unused
+        )
         self.state = _state(model, device, *SIZES[size], frames)
 
     def __call__(self, layers: int | None = None) -> Tensor:

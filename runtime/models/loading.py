@@ -7,18 +7,24 @@ can execute code from a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from safelight.kernels.dispatch import KernelSet, select_kernels
 from safelight.runtime.errors import ModelError
+from safelight.runtime.parallel.mesh import ParallelMesh
 
+if TYPE_CHECKING:
+    from safelight.runtime.models.registry import LoadOptions
+
+M = TypeVar("M", bound=nn.Module)
 NameMap = Mapping[str, tuple[str, ...]]  # our parameter -> the tensors that it is made of, stacked along dim 0
 
 
@@ -123,6 +129,33 @@ def load_weights(
     for child in module.modules():
         for name, buffer in list(child.named_buffers(recurse=False)):
             setattr(child, name, buffer.to(device))
+
+
+def load_blocks(
+    make: Callable[[ParallelMesh, KernelSet], M],
+    folder: Path,
+    options: LoadOptions,
+    names: NameMap,
+    dtype_of: Callable[[str, torch.dtype], torch.dtype],
+    blocks: Sequence[str],
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> M:
+    """The transformer that `make` builds, with the weights in `folder`, ready for inference; its lists of `blocks` are
+    streamed if the options say so. `dtype_of(parameter name, dtype of the model)`. Raises ModelError, as
+    `load_weights`."""
+    with torch.device("meta"):
+        model = make(options.mesh, select_kernels(options.device, options.attention_backend))
+    load_weights(
+        model,
+        checkpoint_files(folder),
+        names,
+        options.device,
+        lambda name: dtype_of(name, options.dit_dtype),
+        ignored,
+        homes=options.residency.homes(*blocks),
+    )
+    options.residency.stream(model, *blocks)
+    return model.eval()
 
 
 def _headers(files: list[Path]) -> dict[str, _Stored]:

@@ -26,7 +26,6 @@ class LoadOptions:
     vae_dtype: torch.dtype
     vae_path: Path | None
     mesh: ParallelMesh
-    compile: bool = False
     vae_tiling: bool = False  # decode in bands
     attention_backend: str = "auto"  # see kernels.dispatch.select_kernels
     input_dir: Path | None = None  # of the pictures that requests name

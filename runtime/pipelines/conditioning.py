@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from safelight.runtime.errors import InvalidRequest
 from safelight.runtime.messages import GenerationRequest
+
+
+class Conditioning(Protocol):
+    """What a step reads of any family's conditioning."""
+
+    @property
+    def count(self) -> int:
+        """Predictions of a step: 2 when it is guided, else 1."""
+
+    def shapes(self, index: int) -> Hashable:
+        """Of all tensors that a branch's forward reads: samples of other shapes need a forward of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +29,13 @@ class Branches:
 
     positive: Tensor
     negative: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return 1 if self.negative is None else 2
+
+    def shapes(self, index: int) -> Hashable:
+        return tuple(self.branch(index).shape)
 
     def branch(self, index: int) -> Tensor:
         """0: conditional, 1: unconditional."""

@@ -1,15 +1,13 @@
-"""What native pipelines do alike around their forward: an output's first state, its memory, and a step along a
-prediction."""
+"""Around a native pipeline's forward: an output's first state, and a step along a prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from safelight.configs.profile import JobProfile
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.pipelines.protocol import DenoiseState, SamplerState
 from safelight.runtime.samplers import Sampler
@@ -38,35 +36,6 @@ def fresh_state(
         request=request,
         index=index,
     )
-
-
-class _Loaded(Protocol):
-    """What `forward_bytes` reads of a pipeline."""
-
-    @property
-    def mesh(self) -> _Ranks: ...
-
-    @property
-    def transformer(self) -> _Typed: ...
-
-    def profile(self, request: GenerationRequest) -> JobProfile: ...
-
-
-class _Ranks(Protocol):
-    @property
-    def sequence_size(self) -> int: ...
-
-
-class _Typed(Protocol):
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-def forward_bytes(pipeline: _Loaded, samples: Sequence[DenoiseState], branches: int) -> int:
-    """Activations of a forward on one rank, about. `samples`: the state of each; `branches`: how many samples of a
-    state its profile counts, which is of float32 on one rank."""
-    whole = sum(pipeline.profile(state.request).step_peak_bytes for state in samples) // branches
-    return whole * pipeline.transformer.dtype.itemsize // (4 * pipeline.mesh.sequence_size)
 
 
 def advance(

@@ -140,7 +140,6 @@ def _options(spec: WorkerSpec, device: torch.device) -> LoadOptions:
         vae_dtype=_dtype(spec.vae_precision),
         vae_path=Path(spec.vae_path) if spec.vae_path else None,
         mesh=_mesh(spec, device),
-        compile=spec.compile,
         vae_tiling=spec.vae_tiling,
         attention_backend=spec.attention_backend,
         input_dir=Path(spec.input_dir) if spec.input_dir else None,

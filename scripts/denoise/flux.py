@@ -116,7 +116,11 @@ class Bench:
         spec = ModelSpec("flux", DEV.name, self.root, DEV.task, DEV.defaults, **configs)
         model = self.model(kernels, False)
         flow = read_image_config({**scheduler(True).config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
-        pipeline = FluxPipeline(spec, self.device, self.mesh, flow, model, Any, Any, Any)  # type: ignore[arg-type]
+        nothing: Any = None
+        pipeline = FluxPipeline(
+            spec=spec, device=self.device, mesh=self.mesh, flow=flow, transformer=model, vae=nothing, clip=nothing,
+            t5=nothing,
+        )  # fmt: skip
         request = GenerationRequest(
             "", "", {}, *self.size, 1, 1, 50, GUIDANCE, 0, 1, "euler", MediaSpec(MediaFormat.PNG), (), 1.0
         )  # fmt: skip

@@ -123,7 +123,15 @@ class Bench:
         model = self.model(kernels, False)
         flow = read_image_config({**flow_euler().config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
         nothing: Any = None
-        pipeline = QwenPipeline(spec, self.device, self.mesh, flow, model, nothing, nothing)
+        pipeline = QwenPipeline(
+            spec=spec,
+            device=self.device,
+            mesh=self.mesh,
+            flow=flow,
+            transformer=model,
+            vae=nothing,
+            text_encoder=nothing,
+        )
         request = GenerationRequest(
             "", "", {}, *self.size, 1, 1, 50, 1.0, 0, 1, "euler", MediaSpec(MediaFormat.PNG), (), SCALE
         )  # fmt: skip

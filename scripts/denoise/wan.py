@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from make_checkpoint import make
@@ -73,7 +73,10 @@ class Bench:
         model, flow = self.model(kernels, False), read_config(read_json(self.root / "scheduler/scheduler_config.json"))
         configs: Any = dict(WAN_1_3B.configs)
         spec = ModelSpec("wan", WAN_1_3B.name, self.root, WAN_1_3B.task, WAN_1_3B.defaults, **configs)
-        pipeline = WanPipeline(spec, self.device, ParallelMesh.single(), flow, model, Any, Any)  # type: ignore[arg-type]
+        mesh, nothing = ParallelMesh.single(), cast(Any, None)
+        pipeline = WanPipeline(
+            spec=spec, device=self.device, mesh=mesh, flow=flow, transformer=model, vae=nothing, text_encoder=nothing
+        )
         request = GenerationRequest(
             "", "", {}, 480, 832, 81, 16, 50, 5.0, 0, 1, "unipc", MediaSpec(MediaFormat.MP4)
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from make_checkpoint import make
@@ -82,7 +82,10 @@ class Bench:
         model = self.model(kernels, False)
         read = read_image_config(read_json(self.root / "scheduler" / "scheduler_config.json"))
         flow = replace(read, torch_table=True)
-        pipeline = ZImagePipeline(spec, self.device, ParallelMesh.single(), flow, model, Any, Any)  # type: ignore[arg-type]
+        mesh, nothing = ParallelMesh.single(), cast(Any, None)
+        pipeline = ZImagePipeline(
+            spec=spec, device=self.device, mesh=mesh, flow=flow, transformer=model, vae=nothing, text_encoder=nothing
+        )
         request = GenerationRequest(
             "", "", {}, *self.size, 1, 1, STEPS, 0.0, 0, 1, "euler", MediaSpec(MediaFormat.PNG)
         )  # fmt: skip

@@ -26,8 +26,10 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.entrypoints.jobs import request_of
 from safelight.runtime.inputs import InputStore, picture_of
 from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
+from safelight.runtime.models.native import NativePipeline
 from safelight.runtime.models.qwen.pipeline import QwenPipeline
 from safelight.runtime.models.qwen.transformer import QwenInputs
+from safelight.runtime.pipelines.protocol import DenoiseState
 
 __all__ = ["CASES", "CHECKPOINT", "CONTROLS", "CONTROL_FACTOR", "TOLERANCE", "Case", "Parity", "errors"]
 CHECKPOINT = "qwen-image"
@@ -152,7 +154,7 @@ class Parity:
         if (rule := pipeline.rule) is None:
             return pipeline
         seen = KEPT if rule.seen_area == rule.kept_area else SEEN
-        return replace(pipeline, rule=EditRule(seen, rule.sized_by, KEPT), inputs=self.store)
+        return replace(pipeline, rule=EditRule(seen, rule.sized_by, KEPT), pictures=self.store)
 
     def _shrink(self) -> None:
         """The reference's areas are constants of its module."""
@@ -231,8 +233,8 @@ def padded(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, given: Qwe
 class Unscaled(QwenPipeline):
     """Guidance without the conditional prediction's length."""
 
-    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
-        return uncond + scale * (cond - uncond)
+    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, state: DenoiseState) -> torch.Tensor:
+        return NativePipeline.guide(self, cond, uncond, state)
 
 
 def unscaled(pipeline: QwenPipeline) -> QwenPipeline:

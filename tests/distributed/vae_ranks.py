@@ -94,7 +94,7 @@ def cases(group: Group) -> dict[str, Callable[[], Tensor]]:
             made[f"wan_decode_{size}{suffix}"] = partial(wan_frames, w, latents, rounded=False)
             made[f"wan_frames_{size}{suffix}"] = partial(wan_frames, w, latents, rounded=True)
         for height, width in SIZES:
-            made[f"kl_decode_{height}x{width}{suffix}"] = partial(k.decode, noise(2, 4, height, width))
+            made[f"kl_decode_{height}x{width}{suffix}"] = partial(k.pixels, noise(2, 4, height, width))
     for height, width, frames in WAN_SIZES:
         video = noise(3, 4 * frames - 3, SCALE * height, SCALE * width)
         made[f"wan_encode_{height}x{width}x{frames}"] = partial(w.encode, video)

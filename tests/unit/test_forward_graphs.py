@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import hypothesis
 import pytest
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safelight.runtime.errors import JobFailed
+from safelight.runtime.models.native import NativePipeline
 from safelight.runtime.pipelines import forward_graphs
-from safelight.runtime.pipelines.denoise import forward_bytes
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
 
 
@@ -314,17 +314,18 @@ def test_steps_of_every_family_are_recorded_and_give_the_same_bits(family: str, 
 
 def test_what_a_forward_needs_counts_its_samples_once_and_its_ranks() -> None:
     class Known:
-        def __init__(self, ranks: int, dtype: torch.dtype) -> None:
+        def __init__(self, ranks: int, dtype: torch.dtype, counted: int) -> None:
             self.mesh, self.transformer = SimpleNamespace(sequence_size=ranks), SimpleNamespace(dtype=dtype)
+            self.predictions_counted = lambda state: counted
 
         def profile(self, request: Any) -> Any:
             return SimpleNamespace(step_peak_bytes=request)
 
     state: Any = SimpleNamespace(request=800)
-    alone: Any = Known(1, torch.float32)
-    assert forward_bytes(alone, [state], 1) == 800
-    assert forward_bytes(alone, [state, state], 2) == 800  # both branches, which the profile counts
-    assert forward_bytes(alone, [state], 2) == 400  # one of them, on its rank of the cfg axis
-    assert forward_bytes(alone, [state] * 4, 2) == 1600  # two jobs
-    two: Any = Known(2, torch.bfloat16)
-    assert forward_bytes(two, [state, state], 2) == 200
+    one, both = (cast(Any, Known(1, torch.float32, counted)) for counted in (1, 2))
+    assert NativePipeline.forward_bytes(one, [state]) == 800
+    assert NativePipeline.forward_bytes(both, [state, state]) == 800  # both branches, which the profile counts
+    assert NativePipeline.forward_bytes(both, [state]) == 400  # one of them, on its rank of the cfg axis
+    assert NativePipeline.forward_bytes(both, [state] * 4) == 1600  # two jobs
+    two: Any = Known(2, torch.bfloat16, 2)
+    assert NativePipeline.forward_bytes(two, [state, state]) == 200

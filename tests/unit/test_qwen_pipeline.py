@@ -416,7 +416,7 @@ def test_pictures_that_are_gone_or_are_not_those_of_the_tokens_are_errors(edits:
     with pytest.raises(ModelError, match="image tokens came"):
         edits.ours.encode(msgspec.structs.replace(request, images=request.images[:1]))
     with pytest.raises(JobFailed, match="without a folder"):
-        replace(edits.ours, inputs=None).encode(request)
+        replace(edits.ours, pictures=None).encode(request)
 
 
 @torch.inference_mode()

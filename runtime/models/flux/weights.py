@@ -6,14 +6,14 @@ bias.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from safelight.kernels.dispatch import select_kernels
 from safelight.runtime.models.flux.transformer import FluxConfig, FluxTransformer
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
+from safelight.runtime.models.loading import load_blocks, read_json
 
 if TYPE_CHECKING:
     from safelight.runtime.models.registry import LoadOptions
@@ -90,17 +90,4 @@ def load_transformer(folder: Path, options: LoadOptions) -> FluxTransformer:
     Raises ModelError naming the file and the tensor.
     """
     config = FluxConfig.from_json(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = FluxTransformer(config, options.mesh, select_kernels(options.device, options.attention_backend))
-    load_weights(
-        model,
-        checkpoint_files(folder),
-        name_map(config),
-        options.device,
-        lambda name: parameter_dtype(name, options.dit_dtype),
-        homes=options.residency.homes(*BLOCKS),
-    )
-    if options.compile:
-        model.compile_blocks()
-    options.residency.stream(model, *BLOCKS)
-    return model.eval()
+    return load_blocks(partial(FluxTransformer, config), folder, options, name_map(config), parameter_dtype, BLOCKS)

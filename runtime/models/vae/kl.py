@@ -28,7 +28,7 @@ class KlVae:
     group: dist.ProcessGroup | None = None
     band_rows: int | None = None
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) about [-1, 1] in the module's dtype, whole on every
         rank. Equal to the reference's `vae.decode(latents / scaling_factor + shift_factor)`."""
         height, width = latents.shape[-2:]
@@ -45,9 +45,9 @@ class KlVae:
                 pixels = decode_kl_bands(self.module.decoder, x, dim=dim, count=count, cut=cut)
         return pixels if cut is None else cut.gather(pixels)
 
-    def frames(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (C, 1, h, w) of one picture -> uint8 (1, H, W, 3), whole on every rank."""
-        return to_uint8(self.decode(latents.transpose(0, 1)).transpose(0, 1))
+    def decode(self, latents: torch.Tensor, cursor: None = None) -> tuple[torch.Tensor, None]:
+        """Scaled latents (C, 1, h, w) of one picture -> uint8 (1, H, W, 3), whole on every rank, in one chunk."""
+        return to_uint8(self.pixels(latents.transpose(0, 1)).transpose(0, 1)), None
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) float32, the mean of the posterior, whole on

@@ -6,13 +6,13 @@ here have a weight and a bias unless said otherwise.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from safelight.kernels.dispatch import select_kernels
-from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json
+from safelight.runtime.models.loading import load_blocks, read_json
 from safelight.runtime.models.wan.transformer import WanConfig, WanTransformer
 
 if TYPE_CHECKING:
@@ -76,18 +76,12 @@ def load_transformer(folder: Path, options: LoadOptions) -> WanTransformer:
     Raises ModelError naming the file and the tensor.
     """
     config = WanConfig.from_json(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = WanTransformer(config, options.mesh, select_kernels(options.device, options.attention_backend))
-    load_weights(
-        model,
-        checkpoint_files(folder),
+    return load_blocks(
+        partial(WanTransformer, config),
+        folder,
+        options,
         name_map(config),
-        options.device,
-        lambda name: parameter_dtype(name, options.dit_dtype),
+        parameter_dtype,
+        BLOCKS,
         ignored=lambda name: "norm_added_q" in name,  # in some published files, used by no layer
-        homes=options.residency.homes(*BLOCKS),
     )
-    if options.compile:
-        model.compile_blocks()
-    options.residency.stream(model, *BLOCKS)
-    return model.eval()
