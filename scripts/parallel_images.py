@@ -19,6 +19,7 @@ from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.traffic import StepShape, step_traffic
 from safelight.entrypoints.plan import find_model
 from safelight.runtime.pipelines.forward_graphs import forward_graphs
+from safelight.runtime.pipelines.protocol import DenoiseState
 
 IMAGE_MODELS = {"FLUX.1-dev": "flux", "Qwen-Image": "qwen"}  # and their modules in scripts/denoise
 IMAGE_SIZES = ("1024", "2048")
@@ -43,7 +44,8 @@ def step_shape(model: str, side: int) -> tuple[StepShape, float]:
 
 
 def images(world: World, case: Case) -> dict[str, Any]:
-    """One step of the pipeline. One rank: every rank alone, and the fastest counts."""
+    """One step of the pipeline. One rank: every rank alone, and the fastest counts; then `from_alone_l2` is how far the
+    layout's prediction is from that of the rank alone, on the rank where it is farthest."""
     settings, degrees = world.settings, case.degrees
     side = TINY_SIDE if settings.tiny else int(case.size)
     shape, tflop = step_shape(case.model, side)
@@ -51,12 +53,14 @@ def images(world: World, case: Case) -> dict[str, Any]:
         return {"skipped": f"{case.model} makes one prediction a step; there is nothing to split"}
     bench = world.keep(f"{case.model} {side}", lambda: _bench(world, case, side))
     bench.mesh = world.mesh(degrees)
+    bench.generator.manual_seed(1)  # the same inputs for all layouts
     world.forget_peak()
     without, state = bench.steps(world.kernels)
     pipeline = dataclasses.replace(without, graphs=forward_graphs(world.device))
 
-    def one_step() -> None:
-        pipeline.step([state])
+    def one_step() -> DenoiseState:
+        (following,) = pipeline.step([state])
+        return following
 
     across = min if degrees.world_size == 1 else max
     without.step([state])
@@ -66,9 +70,14 @@ def images(world: World, case: Case) -> dict[str, Any]:
         one_step()
     world.wait()
     figures = world.median(one_step, across)
+    velocity = one_step().sampler.velocity
+    if degrees.world_size == 1:
+        bench.velocity = velocity
+    difference = float((velocity - bench.velocity).norm() / bench.velocity.norm())
     sent = [step_traffic(shape, degrees, rank).total for rank in range(degrees.world_size)]
     return {
         **figures,
+        "from_alone_l2": max(world.peers.exchange(difference)),
         "no_graph_ms": alone["ms"],
         "window": bench.mesh.window is not None,
         "tokens": bench.tokens,

@@ -42,6 +42,9 @@ def test_every_part_is_measured_on_gloo_and_a_failing_one_is_reported() -> None:
     assert by_part["vae"][0]["largest_difference"] <= 1
     assert [r["model"] for r in by_part["images"]] == ["FLUX.1-dev"] * 3 + ["Qwen-Image"] * 3
     assert all(r["ms"] > 0 for r in by_part["images"])
+    distances = {(r["model"], r["layout"]): r["from_alone_l2"] for r in by_part["images"]}
+    assert max(distances.values()) < 0.03  # bfloat16
+    assert all(distances[model, "1x2x1"] > distances[model, "1x1x1"] == 0 for model, _ in distances)
     assert code == 1
 
 
