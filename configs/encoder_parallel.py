@@ -21,20 +21,22 @@ CPU = Machine("CPU", attention_tflops=0.03, tflops=0.03, link=1e9, network=1e9, 
 
 @dataclass(frozen=True, slots=True)
 class EncoderShape:
-    """A T5-like encoder: per layer 4 width x inner for attention, and 3 width x d_ff."""
+    """Per layer 2 width x inner for queries and the output, 2 width x `keys` for keys and values, 3 width x d_ff."""
 
     layers: int
-    heads: int
+    heads: int  # that ranks can share: of keys and values, where several heads of queries go with each
     width: int
     inner: int  # heads x head dim
     d_ff: int
     vocabulary: int
     tokens: int = TOKENS  # of each prompt
     prompts: int = PROMPTS  # of a usual request
+    keys: int | None = None  # heads of keys x head dim; None: as many as of queries
 
     @property
     def layer_weights(self) -> int:
-        return self.layers * self.width * (4 * self.inner + 3 * self.d_ff)
+        keys = self.inner if self.keys is None else self.keys
+        return self.layers * self.width * (2 * self.inner + 2 * keys + 3 * self.d_ff)
 
     @property
     def weights_bytes(self) -> int:
@@ -78,8 +80,9 @@ def choose_encoder_shares(
             )
         return EncoderShares()
     if wanted is not None and wanted > shape.heads:
+        kind = "heads" if shape.keys is None else "heads of keys and values"
         raise ConfigError(
-            f"--tp-size {wanted}: this model's text encoder has {shape.heads} heads, and every rank needs one; use at "
+            f"--tp-size {wanted}: this model's text encoder has {shape.heads} {kind}, and every rank needs one; use at "
             f"most {shape.heads}",
             param="tp_size",
         )

@@ -15,7 +15,7 @@ from typing import Any
 from safelight.configs.families.base import Family, ModelSpec, Variant
 from safelight.configs.families.components import read_component, read_settings
 from safelight.configs.families.limits import check_grid, check_one_picture, check_usual
-from safelight.configs.families.qwen_costs import MAX_EDIT_TEXT, MAX_TEXT, PATCH, SPATIAL, attention, profile
+from safelight.configs.families.qwen_costs import MAX_EDIT_TEXT, MAX_TEXT, PATCH, SPATIAL, attention, encoder, profile
 from safelight.configs.families.qwen_pictures import EDIT_RULES, fitted
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
@@ -215,5 +215,6 @@ FAMILY = Family(
     validate=validate,
     profile=profile,
     attention=attention,
+    encoder=encoder,
     size_of=size_of,
 )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any, TypeVar
 
+from safelight.configs.encoder_parallel import EncoderShape
 from safelight.configs.families.base import AttentionShape, ModelSpec
 from safelight.configs.families.qwen_pictures import EDIT_RULES, Patches, fitted
 from safelight.configs.families.wan_costs import decode_frame
@@ -22,6 +23,7 @@ SPATIAL, PATCH = 8, 2  # pixels of a latent, latents of a token, along each side
 MAX_TEXT = 512  # tokens of a prompt that the transformer reads: the default of diffusers' QwenImagePipeline
 MAX_EDIT_TEXT = 3900  # the same of an instruction with its pictures' tokens: rotary positions end at 4096
 TYPICAL_TEXT = 64
+_TEMPLATE = 34  # tokens around a prompt; a few more around one with pictures
 WEIGHTS_ID = "transformer"
 _BYTES = 4
 _TERA = 1e12
@@ -77,6 +79,22 @@ def attention(spec: ModelSpec) -> AttentionShape:
     c = {name: int(spec.transformer[name]) for name in ("num_attention_heads", "attention_head_dim", "num_layers")}
     beside = TYPICAL_TEXT + spec.images[0] * (seen_tokens(spec) + kept_area(spec) // (SPATIAL * PATCH) ** 2)
     return AttentionShape(c["num_attention_heads"], c["attention_head_dim"], c["num_layers"], beside)
+
+
+def encoder(spec: ModelSpec) -> EncoderShape:
+    """The language model's numbers, for sharing it between ranks; the vision tower is small and whole on each."""
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    width, inner, layers, queries, heads = (int(spec.text_encoder[name]) for name in fields)
+    return EncoderShape(
+        layers=layers,
+        heads=heads,
+        width=width,
+        inner=width,
+        keys=width // queries * heads,
+        d_ff=inner,
+        vocabulary=int(spec.text_encoder["vocab_size"]),
+        tokens=_TEMPLATE + TYPICAL_TEXT + spec.images[0] * seen_tokens(spec),
+    )
 
 
 def kept_area(spec: ModelSpec) -> int:

@@ -17,7 +17,14 @@ from safelight.configs.families.base import Family, ModelSpec, Variant
 from safelight.configs.families.components import read_component, read_settings
 from safelight.configs.families.kl_costs import spatial_scale
 from safelight.configs.families.limits import CFG_EXTRAS, check_grid, check_one_picture, check_usual
-from safelight.configs.families.zimage_costs import LATENT_CHANNELS, MOST_TEXT_TOKENS, PATCH, attention, profile
+from safelight.configs.families.zimage_costs import (
+    LATENT_CHANNELS,
+    MOST_TEXT_TOKENS,
+    PATCH,
+    attention,
+    encoder,
+    profile,
+)
 from safelight.configs.sampling_params import SamplingParams
 from safelight.runtime.errors import InvalidRequest, ModelError, UnsupportedModel
 
@@ -152,4 +159,5 @@ FAMILY = Family(
     validate=validate,
     profile=profile,
     attention=attention,
+    encoder=encoder,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from safelight.configs.encoder_parallel import EncoderShape
 from safelight.configs.families.base import AttentionShape, ModelSpec
 from safelight.configs.families.kl_costs import decode_cost, spatial_scale
 from safelight.configs.profile import BatchKey, JobProfile, Phase
@@ -67,6 +68,23 @@ def attention(spec: ModelSpec) -> AttentionShape:
     heads, e = int(spec.transformer["n_heads"]), int(spec.transformer["dim"])
     layers = int(spec.transformer["n_layers"]) + int(spec.transformer["n_refiner_layers"])
     return AttentionShape(heads, e // heads, layers, joint_text=MULTIPLE)
+
+
+def encoder(spec: ModelSpec) -> EncoderShape:
+    """Qwen3's numbers, for sharing it between ranks; its last layer is not run."""
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    width, inner, layers, queries, heads = (int(spec.text_encoder[name]) for name in fields)
+    dim = int(spec.text_encoder["head_dim"])
+    return EncoderShape(
+        layers=layers - 1,
+        heads=heads,
+        width=width,
+        inner=queries * dim,
+        keys=heads * dim,
+        d_ff=inner,
+        vocabulary=int(spec.text_encoder["vocab_size"]),
+        prompts=2 if _given(spec.defaults.guidance_scale) > 0 else 1,
+    )
 
 
 def text_tokens(text: str) -> int:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safelight.runtime.errors import ModelError
+from safelight.runtime.models.encoders import shared_decoder
 from safelight.runtime.models.encoders.umt5 import load_umt5
 from safelight.runtime.parallel.mesh import ParallelMesh
 
@@ -38,6 +39,9 @@ def one_rank(models: Path) -> Results:
             encoder = PROGRAM.load(models / name, ParallelMesh.single())
             results |= PROGRAM.encoded(encoder, name)
             results[f"{name} weights"] = torch.tensor(PROGRAM.weights(encoder))
+            replicated = PROGRAM.weights(encoder, "norm") + PROGRAM.weights(encoder, "vision.")
+            overlap = sum(p.numel() for n, p in encoder.module.named_parameters() if "vision." in n and "norm" in n)
+            results[f"{name} replicated"] = torch.tensor(replicated - overlap)
     return results
 
 
@@ -66,22 +70,22 @@ def test_every_rank_has_the_embeddings_of_one_rank(
             assert (made[0] - alone).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("world", "tp", "sets"), [way for way in WAYS if way[1] > 1])
+@pytest.mark.parametrize(("world", "tp", "sets", "name"), [case for case in CASES if case[1] > 1])
 def test_each_rank_holds_its_share_of_the_weights(
-    one_rank: Results, ranks: dict[int, list[Results]], world: int, tp: int, sets: int
+    one_rank: Results, ranks: dict[int, list[Results]], world: int, tp: int, sets: int, name: str
 ) -> None:
-    whole = int(one_rank["heads12 weights"])
-    held = [int(result[f"{tp}x{sets} heads12 weights"]) for result in ranks[world]]
-    norms = 7 * 20  # on every rank
-    assert sum(held) == (whole + (tp - 1) * norms) * (world // tp)
-    assert max(held) < 1.1 * whole / tp + norms
+    whole, replicated = int(one_rank[f"{name} weights"]), int(one_rank[f"{name} replicated"])
+    held = [int(result[f"{tp}x{sets} {name} weights"]) for result in ranks[world]]
+    assert sum(held) == (whole + (tp - 1) * replicated) * (world // tp)
+    shares = -(-PROGRAM.HEADS[name] // tp) / PROGRAM.HEADS[name]
+    assert max(held) < 1.1 * (whole - replicated) * shares + replicated
 
 
-@pytest.mark.parametrize("control", ["unsummed", "swapped"])
+@pytest.mark.parametrize("control", ["unsummed heads12", "unsummed qwen2.5-vl", "unsummed qwen3", "swapped heads12"])
 def test_what_the_ranks_must_add_up_shows_when_it_is_wrong(
     one_rank: Results, ranks: dict[int, list[Results]], control: str
 ) -> None:
-    alone = one_rank[f"{PROGRAM.CONTROL} guided 0"]
+    alone = one_rank[f"{control.split()[1]} guided 0"]
     assert (ranks[2][0][f"2x1 {control}"] - alone).abs().max() > 50 * TOLERANCE
 
 
@@ -96,3 +100,11 @@ def test_an_encoder_whose_config_says_other_sizes_is_refused_by_name(models: Pat
     (tmp_path / "config.json").write_text(config.replace('"d_ff": 29', '"d_ff": 30'))
     with pytest.raises(ModelError, match=r"wi_0.*config\.json of the same model"):
         load_umt5(tmp_path, torch.device("cpu"), torch.float32)
+
+
+def test_more_ranks_than_heads_of_keys_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of four ranks, of an encoder with three."""
+    monkeypatch.setattr(shared_decoder, "share_of", lambda total, *, group: (total, 0))
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 4)
+    with pytest.raises(ModelError, match="3 heads of keys and values do not go round 4 ranks"):
+        shared_decoder.narrow(PROGRAM.build("qwen2.5-vl").model.language_model, group=object())  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""`safelight generate` with each image family's tiny checkpoint, through all processes, against diffusers."""
+"""`safelight generate` with each image family's tiny checkpoint, through all processes, on one rank and on two that
+share the text encoder, against diffusers."""
 
 from __future__ import annotations
 
@@ -37,12 +38,13 @@ def generate(model: Path, out: Path, *flags: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_picture_is_that_of_diffusers(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("flux1-dev", 1), ("qwen-image", 2), ("z-image", 1), ("z-image", 2)])
+def test_a_picture_is_that_of_diffusers(tmp_path: Path, name: str, ranks: int) -> None:
     from diffusers import DiffusionPipeline
 
     model, parameters = make(name, tmp_path / "model"), CASES[name]
     flags = [part for key, value in parameters.items() for part in ("--" + key.replace("_", "-"), str(value))]
+    flags += ["--num-gpus", str(ranks), "--tp-size", str(ranks)]
     ended = generate(model, tmp_path / "out", "--prompt", PROMPT, *flags)
     assert ended.returncode == 0, ended.stderr
     frames = np.load(next((tmp_path / "out").glob("*.npy")))

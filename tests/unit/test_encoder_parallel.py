@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from safelight.configs.encoder_parallel import (
     EncoderShape,
@@ -58,7 +65,11 @@ def test_what_is_asked_for_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "shape", "reason"),
-    [(8, TINY, r"has 4 heads.*use at most 4"), (2, None, "runs whole on every rank; leave it out")],
+    [
+        (8, TINY, r"has 4 heads, and.*use at most 4"),
+        (8, replace(TINY, keys=8, heads=2), r"has 2 heads of keys and values, and.*use at most 2"),
+        (2, None, "runs whole on every rank; leave it out"),
+    ],
 )
 def test_what_the_model_cannot_do_is_refused(wanted: int, shape: EncoderShape | None, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
@@ -93,3 +104,26 @@ def test_every_variants_config_gives_its_encoders_numbers(model: str) -> None:
         assert shape.vocabulary == json.loads(Path(config).read_text())["vocab_size"]
     else:
         assert shape == UMT5_XXL
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "layers", "prompts"),
+    [
+        ("Qwen-Image", (Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel), 28, 2),
+        ("Qwen-Image-Edit-2511", (Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel), 28, 2),
+        ("Z-Image", (Qwen3Config, Qwen3Model), 35, 2),
+        ("Z-Image-Turbo", (Qwen3Config, Qwen3Model), 35, 1),
+    ],
+)
+def test_a_language_models_numbers_are_those_of_its_matrices(model: str, kind: Any, layers: int, prompts: int) -> None:
+    spec = find_model(model)
+    shape = FAMILIES[spec.family].encoder_of(spec)
+    assert shape is not None
+    config, build = kind
+    with torch.device("meta"):
+        module = build(config(**{k: v for k, v in spec.text_encoder.items() if k != "vision_config"}))
+    matrices = [p.numel() for layer in module.layers[:layers] for p in layer.parameters() if p.ndim == 2]
+    assert (shape.layers, shape.prompts, shape.layer_weights) == (layers, prompts, sum(matrices))
+    assert module.embed_tokens.weight.shape == (shape.vocabulary, shape.width)
+    assert shape.heads == module.config.num_key_value_heads
+    assert shape.tokens > 90

@@ -1,5 +1,5 @@
-"""Qwen2.5-VL as a text encoder: transformers' language model behind one call, with its vision tower where pictures
-are part of the prompt.
+"""Qwen2.5-VL as a text encoder: transformers' language model behind one call, on one rank or shared by several, with
+its vision tower, whole on every rank, where pictures are part of the prompt.
 
 Image tokens have positions of their own along three axes (time, row, column), as in the model's training; text goes on
 after the largest of them. diffusers' edit pipelines lose these with transformers 5, which wants to be told which
@@ -26,7 +26,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from safelight.runtime.errors import ModelError
+from safelight.runtime.models.encoders.shared_decoder import narrow
 from safelight.runtime.models.loading import checkpoint_files, load_weights, read_json, tensor_names
+from safelight.runtime.parallel.mesh import ParallelMesh
+from safelight.runtime.parallel.tensor import EncoderGroups
 
 Grid = tuple[int, int]  # rows, columns of a picture's tokens
 
@@ -48,6 +51,7 @@ class Qwen25VL:
     vocabulary: int
     image_token: int
     merged: int  # patches of a token, along each side
+    groups: EncoderGroups
 
     def encode(
         self, prompts: Sequence[tuple[int, ...]], drop: int, pictures: SeenPictures | None = None
@@ -55,7 +59,8 @@ class Qwen25VL:
         """Token ids of N prompts, without padding, about the same pictures -> N tensors (T_i - drop, E): the last
         layer's output, normed, without the first `drop` tokens.
 
-        Raises ModelError for ids outside the vocabulary, or placeholders that are not the pictures'.
+        Ranks share the work, and each has all results. Raises ModelError, on every rank before any of them waits for
+        another: ids outside the vocabulary, or placeholders that are not the pictures'.
         """
         if max(map(max, prompts)) >= self.vocabulary:
             raise ModelError(
@@ -64,15 +69,22 @@ class Qwen25VL:
             )
         seen = None if pictures is None else self._see(pictures)
         grids = () if pictures is None else pictures.grids
-        return [self._encode(ids, grids, seen)[drop:] for ids in prompts]
+        if seen is not None and any(ids.count(self.image_token) != len(seen) for ids in prompts):
+            counts = ", ".join(str(ids.count(self.image_token)) for ids in prompts)
+            raise ModelError(f"{counts} image tokens came for pictures of {len(seen)}; is processor/ changed?")
+        norm: Any = self.module["text"].norm
+        return self.groups.encode(
+            [len(ids) - drop for ids in prompts],
+            len(norm.weight),
+            lambda numbers: [self._encode(prompts[n], grids, seen)[drop:] for n in numbers],
+            norm.weight,
+        )
 
     def _encode(self, ids: tuple[int, ...], grids: tuple[Grid, ...], seen: torch.Tensor | None) -> torch.Tensor:
         text: Any = self.module["text"]
         embeds = text.embed_tokens(torch.tensor([ids], device=self.device))
         if seen is not None:
             places = [place for place, one in enumerate(ids) if one == self.image_token]
-            if len(places) != len(seen):
-                raise ModelError(f"{len(places)} image tokens came for pictures of {len(seen)}; is processor/ changed?")
             embeds[0, torch.tensor(places, device=self.device)] = seen.to(embeds.dtype)
         positions = torch.tensor(token_positions(ids, self.image_token, grids), device=self.device)
         hidden: torch.Tensor = text(
@@ -109,8 +121,11 @@ def token_positions(ids: Sequence[int], image_token: int, grids: Sequence[Grid])
     return axes
 
 
-def load_qwen2_5_vl(folder: Path, device: torch.device, dtype: torch.dtype, *, vision: bool) -> Qwen25VL:
-    """The encoder in `folder` (config.json, model.safetensors or its shards), its vision tower only if asked for.
+def load_qwen2_5_vl(
+    folder: Path, device: torch.device, dtype: torch.dtype, mesh: ParallelMesh | None = None, *, vision: bool
+) -> Qwen25VL:
+    """The encoder in `folder` (config.json, model.safetensors or its shards), or this rank's share of it; its vision
+    tower only if asked for.
 
     Raises ModelError naming file and tensor.
     """
@@ -121,15 +136,15 @@ def load_qwen2_5_vl(folder: Path, device: torch.device, dtype: torch.dtype, *, v
     config: Any = Qwen2_5_VLConfig.from_dict(values)
     files = checkpoint_files(folder, "model")
     stored = tensor_names(files)
-    module = _on_meta(config, vision=vision)
+    module, groups = _on_meta(config, vision=vision), EncoderGroups.of(mesh or ParallelMesh.single())
+    shares = narrow(module["text"], group=groups.tp)
+    parts = {_stored_name(f"text.{name}", stored): part for name, part in shares.items()}
     names = {name: (_stored_name(name, stored),) for name, _ in module.named_parameters()}
     unused = {name for name in stored if name.startswith("lm_head.") or (not vision and "visual." in name)}
-    load_weights(module, files, names, device, lambda _: dtype, ignored=lambda name: name in unused)
+    load_weights(module, files, names, device, lambda _: dtype, ignored=lambda name: name in unused, parts=parts)
     module.train(False)
-    text = config.text_config
-    return Qwen25VL(
-        module, device, text.vocab_size, config.image_token_id, config.vision_config.spatial_merge_size
-    )  # fmt: skip
+    text, merged = config.text_config, config.vision_config.spatial_merge_size
+    return Qwen25VL(module, device, text.vocab_size, config.image_token_id, merged, groups)
 
 
 def _on_meta(config: Any, *, vision: bool) -> nn.ModuleDict:

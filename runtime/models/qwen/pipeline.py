@@ -130,7 +130,9 @@ def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
         transformer=load_transformer(spec.root / "transformer", options),
         text_encoder=residency.load(
             "text_encoder",
-            lambda home: load_qwen2_5_vl(spec.root / "text_encoder", home, options.dit_dtype, vision=edits),
+            lambda home: load_qwen2_5_vl(
+                spec.root / "text_encoder", home, options.dit_dtype, options.mesh, vision=edits
+            ),
         ),
         vae=residency.load(
             "vae",

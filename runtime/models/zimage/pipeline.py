@@ -108,7 +108,7 @@ def load(spec: ModelSpec, options: LoadOptions) -> ZImagePipeline:
         flow=replace(read_image_config(spec.sampler), torch_table=True),
         transformer=load_transformer(spec.root / "transformer", options),
         text_encoder=residency.load(
-            "text_encoder", lambda home: load_qwen3(spec.root / "text_encoder", home, options.dit_dtype)
+            "text_encoder", lambda home: load_qwen3(spec.root / "text_encoder", home, options.dit_dtype, options.mesh)
         ),
         vae=residency.load(
             "vae",
