@@ -1,4 +1,4 @@
-"""One rank of the shared text encoder's tests; `test_encoder_ranks.py` starts it.
+"""One rank of the shared text encoder's tests; `test_encoder_ranks.py` and `test_encoder_gpu.py` start it.
 
 Encodes every case with every way of sharing that its number of ranks allows, and writes this rank's results to
 FOLDER/RANK.safetensors.
@@ -85,10 +85,10 @@ def make(folder: Path) -> None:
         save_file(state, folder / name / "model.safetensors")
 
 
-def load(folder: Path, mesh: ParallelMesh) -> Any:
+def load(folder: Path, mesh: ParallelMesh, device: torch.device = CPU) -> Any:
     if folder.name == "qwen2.5-vl":
-        return load_qwen2_5_vl(folder, CPU, torch.float32, mesh, vision=True)
-    return (load_qwen3 if folder.name == "qwen3" else umt5.load_umt5)(folder, CPU, torch.float32, mesh)
+        return load_qwen2_5_vl(folder, device, torch.float32, mesh, vision=True)
+    return (load_qwen3 if folder.name == "qwen3" else umt5.load_umt5)(folder, device, torch.float32, mesh)
 
 
 def weights(encoder: Any, part: str = "") -> int:
@@ -134,15 +134,17 @@ def spoiled(folder: Path, mesh: ParallelMesh) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in results.items()}
 
 
-def main(rank: int, world: int, group: dist.ProcessGroup, models: Path, folder: Path) -> None:
+def main(
+    rank: int, world: int, group: dist.ProcessGroup, models: Path, folder: Path, device: torch.device = CPU
+) -> None:
     results: dict[str, Tensor] = {}
     for tp, sets in ways(world):
         mesh = build_mesh(group, 1, 1, world, encoder=(tp, sets))
         for name, heads in HEADS.items():
             if tp <= heads:
-                encoder = load(models / name, mesh)
+                encoder = load(models / name, mesh, device)
                 results |= encoded(encoder, f"{tp}x{sets} {name}")
                 results[f"{tp}x{sets} {name} weights"] = torch.tensor(weights(encoder))
-        if tp == world == 2:
+        if tp == world == 2 and device == CPU:
             results |= {f"{tp}x{sets} {name}": value for name, value in spoiled(models, mesh).items()}
     save_file(results, folder / f"{rank}.safetensors")
