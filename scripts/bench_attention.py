@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_parallel import commit
+from checkout import commit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

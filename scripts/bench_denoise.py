@@ -17,7 +17,6 @@ import json
 import os
 import pkgutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import denoise
 import torch
+from checkout import commit
 from torch import Tensor
 
 from safelight.kernels.dispatch import reference_kernels, triton_kernels
@@ -151,12 +151,6 @@ def idle(call: Callable[[], object], steps: int) -> dict[str, float]:
             gaps.append(start - reached)
         reached = max(reached, end)
     return {"gpu_idle_ms": round(sum(gaps) / 1e3 / steps, 3), "longest_gap_us": round(max(gaps, default=0.0), 1)}
-
-
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside git."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def forget(forwards: dict[str, Forward]) -> None:

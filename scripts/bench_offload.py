@@ -18,7 +18,6 @@ import argparse
 import gc
 import importlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from checkout import commit
 from make_checkpoint import FAMILIES as CHECKPOINTS
 from make_checkpoint import make
 from safetensors.torch import save_file
@@ -253,12 +253,6 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             exposed = max(0.0, offloaded["ms_per_step"] - resident["ms_per_step"])
             report["overlap_share"] = round(max(0.0, 1.0 - exposed / max(1e-9, offloaded["copies"]["ms_alone"])), 4)
     return report
-
-
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside git."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

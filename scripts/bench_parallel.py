@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from checkout import commit
 from parallel_plan import Case, Settings, run_rank
 
 from safelight.configs.parallel import Degrees, WantedDegrees, choose_degrees
@@ -182,12 +182,6 @@ def run_group(cases: list[tuple[int, Case]], ranks: int, settings: Settings, rep
         if number is not None:
             report.add(left.pop(number), {"error": why})
     return list(left.items())
-
-
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside git."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def names(text: str) -> list[str]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from checkout import commit
 from PIL import Image
 
 from safelight.configs.families import identify
@@ -124,10 +124,9 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
         measured = measure(args, device)
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     said = {"model_path": str(args.model_path), "steps": args.steps, "frames": args.frames}
-    line = {"commit": found.stdout.strip() or "unknown", "device": name, "torch": torch.__version__, **said}
+    line = {"commit": commit(), "device": name, "torch": torch.__version__, **said}
     print(json.dumps(line | measured))
     return 0
 
