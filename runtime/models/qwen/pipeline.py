@@ -64,7 +64,7 @@ class QwenPipeline(NativePipeline[QwenTransformer, WanVae]):
         Raises InvalidRequest when ids are missing or more than fit, JobFailed for a picture that is gone.
         """
         drop, limit = TEMPLATES[self.spec.images[1]].drop, MAX_TEXT if self.rule is None else MAX_EDIT_TEXT
-        names = branch_names(guided=_scale(request) > 1.0)
+        names = branch_names(guided=self.scale(request) > 1.0)
         ids = [ids_of(request, name, drop + limit, drop + 1) for name in names]
         seen, kept = self._pictures(request)
         with self.residency.on_device("text_encoder"):
@@ -97,7 +97,8 @@ class QwenPipeline(NativePipeline[QwenTransformer, WanVae]):
         return self.sampler(request).schedule(request.num_inference_steps, self.profile(request).tokens)
 
     def scale(self, request: GenerationRequest) -> float:
-        return _scale(request)
+        assert request.true_cfg_scale is not None, "the family's defaults are complete"
+        return request.true_cfg_scale
 
     def guide(self, cond: Tensor, uncond: Tensor, state: DenoiseState) -> Tensor:
         """Classifier-free guidance at the conditional prediction's length, token by token: (C, 1, h, w) each."""
@@ -113,11 +114,6 @@ def _lengths(prediction: Tensor, patch: int) -> Tensor:
     tokens = torch.unflatten(torch.unflatten(prediction, 3, (-1, patch)), 2, (-1, patch))
     norms: Tensor = torch.linalg.vector_norm(tokens, dim=(0, 3, 5), keepdim=True)
     return norms.expand(1, 1, -1, patch, -1, patch).flatten(4, 5).flatten(2, 3)
-
-
-def _scale(request: GenerationRequest) -> float:
-    assert request.true_cfg_scale is not None, "the family's defaults are complete"
-    return request.true_cfg_scale
 
 
 def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
