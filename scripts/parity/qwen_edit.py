@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -42,8 +42,9 @@ class Blind(Qwen25VL):
 
 
 def blind(pipeline: QwenPipeline) -> QwenPipeline:
-    e = pipeline.text_encoder
-    return replace(pipeline, text_encoder=Blind(e.module, e.device, e.vocabulary, e.image_token, e.merged))
+    seeing = pipeline.text_encoder
+    blinded = Blind(**{field.name: getattr(seeing, field.name) for field in fields(Qwen25VL)})
+    return replace(pipeline, text_encoder=blinded)
 
 
 CONTROLS = (
