@@ -46,7 +46,7 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         steps=_given(params.num_inference_steps),
         outputs=_given(params.num_outputs_per_prompt),
         phases=(Phase(0, WEIGHTS_ID, key, branches * _forward_flop(c, tokens, text) / _TERA),),
-        encode_cost=branches * (_t5_flop(spec.text_encoder_2, text) + _clip_flop(spec.text_encoder)) / _TERA,
+        encode_cost=branches * (_t5_flop(spec, text) + _clip_flop(spec.text_encoder)) / _TERA,
         decode_chunk_cost=decode.flop / _TERA,
         chunk_frames=(1,),
         chunk_bytes=height * width * 3,
@@ -104,11 +104,10 @@ def _forward_peak_bytes(transformer: Mapping[str, Any], tokens: int) -> int:
     return _BYTES * tokens * 18 * _width(transformer)
 
 
-def _t5_flop(encoder: Mapping[str, Any], t: int) -> float:
+def _t5_flop(spec: ModelSpec, t: int) -> float:
     """T tokens through projections of width heads * d_kv and a gated feed-forward layer, and over each other."""
-    width, inner = int(encoder["d_model"]), int(encoder["num_heads"]) * int(encoder["d_kv"])
-    weights = 4 * width * inner + 3 * width * int(encoder["d_ff"])
-    return float(int(encoder["num_layers"]) * (2 * t * weights + 4 * t * t * inner))
+    shape = encoder(spec)
+    return 2.0 * t * shape.layer_weights + shape.layers * 4.0 * t * t * shape.inner
 
 
 def _clip_flop(encoder: Mapping[str, Any]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from safelight.configs.encoder_parallel import EncoderShape
@@ -23,7 +24,7 @@ SPATIAL, PATCH = 8, 2  # pixels of a latent, latents of a token, along each side
 MAX_TEXT = 512  # tokens of a prompt that the transformer reads: the default of diffusers' QwenImagePipeline
 MAX_EDIT_TEXT = 3900  # the same of an instruction with its pictures' tokens: rotary positions end at 4096
 TYPICAL_TEXT = 64
-_TEMPLATE = 34  # tokens around a prompt; a few more around one with pictures
+TEMPLATE_TOKENS = MappingProxyType({0: 34, 1: 64, 3: 64})  # before a prompt, by the most pictures that a model takes
 WEIGHTS_ID = "transformer"
 _BYTES = 4
 _TERA = 1e12
@@ -93,7 +94,7 @@ def encoder(spec: ModelSpec) -> EncoderShape:
         keys=width // queries * heads,
         d_ff=inner,
         vocabulary=int(spec.text_encoder["vocab_size"]),
-        tokens=_TEMPLATE + TYPICAL_TEXT + spec.images[0] * seen_tokens(spec),
+        tokens=TEMPLATE_TOKENS[spec.images[1]] + TYPICAL_TEXT + spec.images[0] * seen_tokens(spec),
     )
 
 
@@ -134,13 +135,10 @@ def _forward_peak_bytes(transformer: Mapping[str, Any], n: int) -> int:
 
 def _encode_flop(spec: ModelSpec, text: int, seen: int) -> float:
     """Text tokens through the language model, and the patches of `seen` picture tokens through the vision tower."""
-    c = spec.text_encoder
-    width, inner = int(c["hidden_size"]), int(c["intermediate_size"])
-    shared = width * int(c["num_key_value_heads"]) // int(c["num_attention_heads"])
-    flop = 2.0 * text * int(c["num_hidden_layers"]) * (2 * width * width + 2 * width * shared + 3 * width * inner)
+    flop = 2.0 * text * encoder(spec).layer_weights
     if not seen:
         return flop
-    v = c["vision_config"]
+    v = spec.text_encoder["vision_config"]
     narrow, wide = int(v["hidden_size"]), int(v["intermediate_size"])
     return flop + 2.0 * 4 * seen * int(v["depth"]) * (4 * narrow * narrow + 3 * narrow * wide)
 

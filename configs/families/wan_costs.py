@@ -46,7 +46,7 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         steps=_given(params.num_inference_steps),
         outputs=_given(params.num_outputs_per_prompt),
         phases=(Phase(0, WEIGHTS_ID, key, branches * _forward_flop(spec.transformer, tokens) / _TERA),),
-        encode_cost=branches * _encode_flop(spec.text_encoder) / _TERA,
+        encode_cost=branches * _encode_flop(spec) / _TERA,
         decode_chunk_cost=decode.flop / _TERA,
         chunk_frames=chunks,
         chunk_bytes=max(chunks) * height * width * 3,
@@ -100,11 +100,9 @@ def _forward_peak_bytes(transformer: Mapping[str, Any], s: int) -> int:
     return _BYTES * s * (2 * int(transformer["ffn_dim"]) + 8 * _width(transformer))
 
 
-def _encode_flop(encoder: Mapping[str, Any]) -> float:
+def _encode_flop(spec: ModelSpec) -> float:
     """T tokens through projections of width heads * d_kv and a gated feed-forward layer; attention scores are small."""
-    width, inner = int(encoder["d_model"]), int(encoder["num_heads"]) * int(encoder["d_kv"])
-    weights = 4 * width * inner + 3 * width * int(encoder["d_ff"])
-    return 2.0 * TEXT_TOKENS * int(encoder["num_layers"]) * weights
+    return 2.0 * TEXT_TOKENS * encoder(spec).layer_weights
 
 
 def _encode_peak_bytes(encoder: Mapping[str, Any]) -> int:

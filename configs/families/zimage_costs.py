@@ -42,7 +42,7 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
     longest, e = _padded(MOST_TEXT_TOKENS), int(spec.transformer["dim"])
     decode = decode_cost(spec.vae, shape[2], shape[3])
     forwards = sum(_forward_flop(spec.transformer, tokens, caption) for caption in captions)
-    encodes = [_encode_flop(spec.text_encoder, n) + _caption_flop(spec.transformer, n) for n in texts]
+    encodes = [_encode_flop(spec, n) + _caption_flop(spec.transformer, n) for n in texts]
     return JobProfile(
         family=spec.family,
         latent_shape=shape,
@@ -133,12 +133,10 @@ def _forward_peak_bytes(transformer: Mapping[str, Any], s: int) -> int:
     return _BYTES * s * (3 * hidden(transformer) + 10 * int(transformer["dim"]))
 
 
-def _encode_flop(encoder: Mapping[str, Any], t: int) -> float:
+def _encode_flop(spec: ModelSpec, t: int) -> float:
     """All layers but the last; grouped-query attention, a gated feed-forward layer, scores of every pair."""
-    width, inner = int(encoder["hidden_size"]), int(encoder["num_attention_heads"]) * int(encoder["head_dim"])
-    shared = int(encoder["num_key_value_heads"]) * int(encoder["head_dim"])
-    weights = width * (2 * inner + 2 * shared) + 3 * width * int(encoder["intermediate_size"])
-    return (int(encoder["num_hidden_layers"]) - 1) * (2.0 * t * weights + 4.0 * t * t * inner)
+    shape = encoder(spec)
+    return 2.0 * t * shape.layer_weights + shape.layers * 4.0 * t * t * shape.inner
 
 
 def _encode_peak_bytes(spec: ModelSpec, t: int) -> int:

@@ -66,8 +66,8 @@ class EncoderGroups:
     sets: int = 1
 
     @staticmethod
-    def of(mesh: ParallelMesh) -> EncoderGroups:
-        return EncoderGroups(mesh.tp_group, mesh.world, *mesh.encoder)
+    def of(mesh: ParallelMesh | None) -> EncoderGroups:
+        return EncoderGroups() if mesh is None else EncoderGroups(mesh.tp_group, mesh.world, *mesh.encoder)
 
     def encode(
         self, lengths: Sequence[int], width: int, run: Callable[[list[int]], list[Tensor]], like: Tensor

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from tokenizers import Tokenizer as Backend
 
 from safelight.configs.families.base import ModelSpec
-from safelight.configs.families.qwen_costs import MAX_EDIT_TEXT, MAX_TEXT
+from safelight.configs.families.qwen_costs import MAX_EDIT_TEXT, MAX_TEXT, TEMPLATE_TOKENS
 from safelight.configs.families.qwen_pictures import EDIT_RULES, MAX_RATIO, EditRule, Patches, Size, fitted
 from safelight.runtime.errors import InvalidRequest, ModelError
 from safelight.runtime.text.bpe import load_qwen2_bpe
@@ -54,9 +54,9 @@ class Template:
 # By the most pictures that a model takes.
 TEMPLATES: Mapping[int, Template] = MappingProxyType(
     {
-        0: Template(_DESCRIBE, 34),
-        1: Template(_ALTER, 64, _PICTURE),
-        3: Template(_ALTER, 64, "Picture {number}: " + _PICTURE),
+        0: Template(_DESCRIBE, TEMPLATE_TOKENS[0]),
+        1: Template(_ALTER, TEMPLATE_TOKENS[1], _PICTURE),
+        3: Template(_ALTER, TEMPLATE_TOKENS[3], "Picture {number}: " + _PICTURE),
     }
 )
 

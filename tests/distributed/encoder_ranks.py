@@ -91,9 +91,10 @@ def load(folder: Path, mesh: ParallelMesh, device: torch.device = CPU) -> Any:
     return (load_qwen3 if folder.name == "qwen3" else umt5.load_umt5)(folder, device, torch.float32, mesh)
 
 
-def weights(encoder: Any, part: str = "") -> int:
-    """Of the parameters with `part` in their names."""
-    return sum(parameter.numel() for name, parameter in encoder.module.named_parameters() if part in name)
+def weights(encoder: Any, *parts: str) -> int:
+    """Of the parameters that have one of `parts` in their names."""
+    named = encoder.module.named_parameters()
+    return sum(parameter.numel() for name, parameter in named if any(part in name for part in parts))
 
 
 def encode(encoder: umt5.UMT5 | Qwen25VL | Qwen3, prompts: tuple[tuple[int, ...], ...]) -> list[Tensor]:
@@ -144,7 +145,7 @@ def main(
             if tp <= heads:
                 encoder = load(models / name, mesh, device)
                 results |= encoded(encoder, f"{tp}x{sets} {name}")
-                results[f"{tp}x{sets} {name} weights"] = torch.tensor(weights(encoder))
+                results[f"{tp}x{sets} {name} weights"] = torch.tensor(weights(encoder, ""))
         if tp == world == 2 and device == CPU:
             results |= {f"{tp}x{sets} {name}": value for name, value in spoiled(models, mesh).items()}
     save_file(results, folder / f"{rank}.safetensors")

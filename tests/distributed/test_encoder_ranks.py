@@ -38,10 +38,8 @@ def one_rank(models: Path) -> Results:
         for name in PROGRAM.HEADS:
             encoder = PROGRAM.load(models / name, ParallelMesh.single())
             results |= PROGRAM.encoded(encoder, name)
-            results[f"{name} weights"] = torch.tensor(PROGRAM.weights(encoder))
-            replicated = PROGRAM.weights(encoder, "norm") + PROGRAM.weights(encoder, "vision.")
-            overlap = sum(p.numel() for n, p in encoder.module.named_parameters() if "vision." in n and "norm" in n)
-            results[f"{name} replicated"] = torch.tensor(replicated - overlap)
+            results[f"{name} weights"] = torch.tensor(PROGRAM.weights(encoder, ""))
+            results[f"{name} replicated"] = torch.tensor(PROGRAM.weights(encoder, "norm", "vision."))
     return results
 
 

@@ -136,7 +136,7 @@ def load_qwen2_5_vl(
     config: Any = Qwen2_5_VLConfig.from_dict(values)
     files = checkpoint_files(folder, "model")
     stored = tensor_names(files)
-    module, groups = _on_meta(config, vision=vision), EncoderGroups.of(mesh or ParallelMesh.single())
+    module, groups = _on_meta(config, vision=vision), EncoderGroups.of(mesh)
     shares = narrow(module["text"], group=groups.tp)
     parts = {_stored_name(f"text.{name}", stored): part for name, part in shares.items()}
     names = {name: (_stored_name(name, stored),) for name, _ in module.named_parameters()}

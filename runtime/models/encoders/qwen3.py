@@ -73,7 +73,7 @@ def load_qwen3(folder: Path, device: torch.device, dtype: torch.dtype, mesh: Par
         raise ModelError(f"{path} does not describe a Qwen3 model: {error}", param="model_path") from error
     setattr(module, "norm", nn.Identity())  # noqa: B010 - typed as the norm that it replaces
     _fill_buffers(module, config)
-    groups = EncoderGroups.of(mesh or ParallelMesh.single())
+    groups = EncoderGroups.of(mesh)
     shares = narrow(module, group=groups.tp)
     files = checkpoint_files(folder, "model")
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensor_names(files)) else ""

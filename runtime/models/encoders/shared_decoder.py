@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -20,7 +21,7 @@ def narrow(model: Any, *, group: dist.ProcessGroup | None) -> dict[str, Part]:
     """Leaves of a language model on the meta device (its `embed_tokens` and `layers`) this rank's share, and says which
     part of each of its parameters that is; nothing without a group.
 
-    Raises ModelError: fewer heads of keys and values than ranks.
+    Raises ModelError: fewer heads of keys and values than ranks, or output projections with biases.
     """
     if group is None:
         return {}
@@ -42,8 +43,8 @@ def narrow(model: Any, *, group: dist.ProcessGroup | None) -> dict[str, Part]:
         "self_attn.o_proj": queries._replace(dim=1),
         "mlp.gate_proj": inner, "mlp.up_proj": inner, "mlp.down_proj": inner._replace(dim=1),
     }  # fmt: skip
-    rows = SplitEmbedding(config.vocab_size, config.hidden_size, group=group).to("meta")
-    model.embed_tokens = rows
+    with torch.device("meta"):
+        model.embed_tokens = rows = SplitEmbedding(config.vocab_size, config.hidden_size, group=group)
     parts = {"embed_tokens.weight": Part(0, rows.start, rows.size, config.vocab_size)}
     for number, layer in enumerate(model.layers):
         for name, part in by_layer.items():

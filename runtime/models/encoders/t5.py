@@ -66,6 +66,6 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, mesh: Parall
             f"{folder / 'config.json'}: model_type t5 with feed_forward_proj gated-gelu expected, got "
             f"{values.get('model_type')!r} with {values.get('feed_forward_proj')!r}"
         )
-    groups = EncoderGroups.of(ParallelMesh.single() if mesh is None else mesh)
+    groups = EncoderGroups.of(mesh)
     module = load_share(folder, values, groups, device, dtype, (T5Config, T5EncoderModel))
     return T5(module, device, T5Config.from_dict(values).vocab_size, groups)

@@ -71,7 +71,7 @@ def load_umt5(folder: Path, device: torch.device, dtype: torch.dtype, mesh: Para
     values = read_json(folder / "config.json")
     if values.get("model_type") != "umt5":
         raise ModelError(f"{folder / 'config.json'}: model_type umt5 expected, got {values.get('model_type')!r}")
-    groups = EncoderGroups.of(ParallelMesh.single() if mesh is None else mesh)
+    groups = EncoderGroups.of(mesh)
     module: UMT5EncoderModel = load_share(folder, values, groups, device, dtype, (UMT5Config, UMT5EncoderModel))
     return UMT5(module, device, UMT5Config.from_dict(values).vocab_size, groups)
 
