@@ -66,8 +66,8 @@ class NativePipeline(ABC, Generic[D, V]):
     """One loaded model. It holds no state of any job. The methods of `pipelines.protocol.Pipeline` without a docstring
     here do what it says there.
 
-    A family adds its text encoders, and the methods that are abstract here; `guide`, `scale` and `timesteps` where it
-    differs. Nothing in a step waits for the device.
+    A family adds its text encoders and the methods that are abstract here, and overrides what it does in a way of its
+    own. Nothing in a step waits for the device.
     """
 
     spec: ModelSpec
@@ -114,6 +114,10 @@ class NativePipeline(ABC, Generic[D, V]):
         """Classifier-free guidance (arXiv 2207.12598): both predictions (C, F, h, w) float32 -> what is followed."""
         return uncond + state.guidance_scale * (cond - uncond)
 
+    def is_guided(self, state: DenoiseState) -> bool:
+        """Whether the next step of a guided request is."""
+        return True
+
     def predictions_counted(self, state: DenoiseState) -> int:
         """How many predictions `step_peak_bytes` of the state's profile is for: by default all branches at once."""
         conditioning: Conditioning = state.conditioning
@@ -142,19 +146,28 @@ class NativePipeline(ABC, Generic[D, V]):
         return advance(states, self.velocities(states), self.sampler)
 
     def velocities(self, states: Sequence[DenoiseState]) -> list[Tensor]:
-        """The guided prediction of each state, (C, F, h, w) float32: one forward for all samples of one shape, or with
-        a cfg axis for those of the rank's branch."""
+        """What each state follows, (C, F, h, w) float32: one forward for all samples of one shape, or with a cfg axis
+        for those of the rank's branch.
+
+        A state whose guidance is over needs no unconditional prediction; where another rank waits for it, it is made
+        nevertheless.
+        """
         branches = branches_of(states)
         own = own_branches(self.mesh, branches)
-        predicted = torch.stack(self.predict([(branch, state) for branch in own for state in states]))
-        by_branch = torch.unflatten(predicted, 0, (len(own), len(states)))
+        alone = len(own) == branches
+        guided = [branches == 2 and self.is_guided(state) for state in states]
+        wanted = [(branch, n) for branch in own for n, both in enumerate(guided) if branch == 0 or both or not alone]
+        predicted = self.predict([(branch, states[n]) for branch, n in wanted])
+        made = dict(zip(wanted, predicted, strict=True))
+        rows = [[made[(branch, n) if (branch, n) in made else (0, n)] for n in range(len(states))] for branch in own]
+        by_branch = torch.stack([torch.stack(row) for row in rows])
         whole = gather_branches(by_branch, branches, group=self.mesh.group(Axis.CFG))
-        if branches == 1:
-            return list(whole[0])
-        return [self.guide(cond, uncond, state) for state, cond, uncond in zip(states, whole[0], whole[1], strict=True)]
+        return [
+            self.guide(whole[0][n], whole[1][n], state) if guided[n] else whole[0][n] for n, state in enumerate(states)
+        ]
 
     def predict(self, parts: Sequence[Part]) -> list[Tensor]:
-        """What the network says of each, (C, F, h, w) float32; one forward for each shape of conditioning."""
+        """The velocity of each, (C, F, h, w) float32; one forward for each shape of conditioning."""
         return run_in_groups(parts, lambda part: part[1].conditioning.shapes(part[0]), self._forward)
 
     def _forward(self, parts: list[Part]) -> list[Tensor]:

@@ -14,13 +14,11 @@ from safelight.configs.families import ModelSpec
 from safelight.configs.families.zimage_costs import MOST_TEXT_TOKENS, PATCH
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.encoders.qwen3 import Qwen3, load_qwen3
-from safelight.runtime.models.native import NativePipeline, Part, branches_of, loaded_alike
+from safelight.runtime.models.native import NativePipeline, Part, loaded_alike
 from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
 from safelight.runtime.models.zimage.transformer import ZImageText, ZImageTransformer
 from safelight.runtime.models.zimage.weights import load_transformer
-from safelight.runtime.parallel.cfg import gather_branches, own_branches
-from safelight.runtime.parallel.mesh import Axis
 from safelight.runtime.pipelines.conditioning import Branches, branch_names, ids_of
 from safelight.runtime.pipelines.protocol import DenoiseState
 from safelight.runtime.samplers import Schedule, read_image_config
@@ -67,27 +65,14 @@ class ZImagePipeline(NativePipeline[ZImageTransformer, KlVae]):
     def timesteps(self, times: Sequence[float]) -> Tensor:
         return (1000 - torch.tensor(times, dtype=torch.float32)) / 1000
 
-    def velocities(self, states: Sequence[DenoiseState]) -> list[Tensor]:
-        """As all families, but a state whose guidance is over (`cfg_truncation`) needs no unconditional prediction; on
-        a cfg mesh, where another rank would wait, it is made nevertheless."""
-        branches = branches_of(states)
-        own = own_branches(self.mesh, branches)
-        alone = len(own) == branches
-        over = [branches == 1 or self._guidance_is_over(state) for state in states]
-        wanted = [(branch, n) for branch in own for n in range(len(states)) if not (alone and branch and over[n])]
-        predicted = self.predict([(branch, states[n]) for branch, n in wanted])
-        made = dict(zip(wanted, predicted, strict=True))
-        rows = [torch.stack([made.get((branch, n), made.get((0, n))) for n in range(len(states))]) for branch in own]  # type: ignore[misc]
-        whole = gather_branches(torch.stack(rows), branches, group=self.mesh.group(Axis.CFG))
-        return [
-            -(whole[0][n] if over[n] else self.guide(whole[0][n], whole[1][n], state)) for n, state in enumerate(states)
-        ]
+    def predict(self, parts: Sequence[Part]) -> list[Tensor]:
+        return [-opposite for opposite in NativePipeline.predict(self, parts)]
 
-    def _guidance_is_over(self, state: DenoiseState) -> bool:
-        """Whether the step's time is beyond `cfg_truncation`."""
+    def is_guided(self, state: DenoiseState) -> bool:
+        """Until the step's time is beyond `cfg_truncation`."""
         time = self.schedule(state.request).timesteps[state.step]
         after = state.request.cfg_truncation
-        return after is not None and after <= 1 and float((1000 - np.float32(time)) / np.float32(1000)) > after
+        return after is None or after > 1 or float((1000 - np.float32(time)) / np.float32(1000)) <= after
 
     def guide(self, cond: Tensor, uncond: Tensor, state: DenoiseState) -> Tensor:
         """Both (C, 1, h, w) float32 -> the prediction that is followed: cond + scale * (cond - uncond), shortened to
