@@ -91,7 +91,7 @@ class Client:
         deadline_s: float | None = None,
         timeout_s: float = ANSWER_S,
     ) -> str:
-        """Submits a job, subscribes to its events and returns its id (a new one, unless `job` names it).
+        """Subscribes to the events of a job, submits it and returns its id (a new one, unless `job` names it).
 
         Raises what the scheduler refused it with (InvalidRequest, TooLarge, Overloaded, Conflict, ...), or WorkerLost
         when there was no answer within `timeout_s`; submitting again with the same id is safe.
@@ -100,12 +100,12 @@ class Client:
         with self._lock:
             self._jobs[job] = _Job(attached)
         message = Submit(job, self._owner, request, attached, priority, deadline_s)
+        self._subscribe(job)  # first, so that its earliest steps are seen, too
         try:
             self._ask(message, lambda answer: isinstance(answer, Accepted) and answer.job == job, job, timeout_s)
         except SafelightError:
-            self._close_job(job)
+            self._unfollow(job)
             raise
-        self._subscribe(job)
         return job
 
     def attach(self, job: str, *, renew: bool = False, timeout_s: float = ANSWER_S) -> None:
@@ -181,9 +181,10 @@ class Client:
         with self._lock:
             return tuple(job for job, entry in self._jobs.items() if entry.attached)
 
-    def _close_job(self, job: str) -> None:
+    def _unfollow(self, job: str) -> None:
         with self._lock:
             self._jobs.pop(job, None)
+        self._events.send(Unsubscribe(job, self._owner))
 
     def _subscribe(self, job: str) -> None:
         # From the snapshot on, whatever was seen before: the numbers of a restarted output start again.
@@ -227,8 +228,7 @@ class Client:
         """The job's unread events; reading its terminal closes it."""
         found, self._jobs[job].unread = self._jobs[job].unread, []
         if found and isinstance(found[-1], Event) and found[-1].status is not None:
-            self._close_job(job)
-            self._events.send(Unsubscribe(job, self._owner))
+            self._unfollow(job)
         return found
 
     def _ask(

@@ -41,6 +41,7 @@ from safelight.runtime.messages import (
     Subscribe,
     ToEvents,
     ToScheduler,
+    Unsubscribe,
 )
 
 REQUEST = GenerationRequest("a", "", {"prompt": (1,)}, 16, 16, 1, 8, 2, 1.0, 7, 1, "euler", MediaSpec(MediaFormat.PNG))
@@ -290,3 +291,13 @@ def test_cancel_and_status_are_answered(serve: Any) -> None:
 def test_a_silent_scheduler_is_a_lost_worker(serve: Any) -> None:
     with Client(serve(lambda _: []).endpoints) as client, pytest.raises(WorkerLost, match="no answer"):
         client.submit(REQUEST, timeout_s=0.1)
+
+
+def test_a_job_is_followed_before_it_can_start_and_no_longer_when_it_was_not_taken(serve: Any) -> None:
+    server = serve(lambda message: [])
+    with Client(server.endpoints) as client:
+        with pytest.raises(WorkerLost):
+            client.submit(REQUEST, timeout_s=0.5)
+        server.wait_for(Subscribe)
+        server.wait_for(Unsubscribe)
+        assert client.open_jobs == frozenset()
