@@ -42,7 +42,7 @@ class PeerUnreachable(SafelightError):
 
 
 class PeerBusy(PeerUnreachable):
-    """The peer is connected, but its queue is full: it may take a message later."""
+    """The peer's queue is full, and it may take a message later; or there is none, as a handshake on tcp failed."""
 
     code = "peer_busy"
 
@@ -105,7 +105,7 @@ class Channel(Generic[T]):
         try:
             self.socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=True)
         except zmq.Again as error:
-            raise PeerBusy(f"peer {identity!r} does not take messages: its queue is full") from error
+            raise PeerBusy(f"peer {identity!r} takes no messages: queue full, or connection refused") from error
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
