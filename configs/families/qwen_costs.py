@@ -70,7 +70,7 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
         conditioning_bytes=text_bytes + kept_bytes,
         state_bytes=latent_bytes,
         encode_peak_bytes=text_bytes + _encode_peak_bytes(spec, longest, seen, encode.peak_bytes if pictures else 0),
-        step_peak_bytes=_forward_peak_bytes(spec.transformer, tokens + longest) + 8 * branches * latent_bytes,
+        step_peak_bytes=_forward_peak_bytes(spec.transformer, tokens + longest, branches) + 8 * branches * latent_bytes,
         decode_peak_bytes=decode.peak_bytes,
     )
 
@@ -126,11 +126,12 @@ def _given(value: T | None) -> T:
     return value
 
 
-def _forward_peak_bytes(transformer: Mapping[str, Any], n: int) -> int:
-    """One sample of n tokens (branches of other lengths run one after the other): the feed-forward layer's two tensors
-    of width 4E, eight of width E (x, q, k, v, ...), and the rotary tables, by head."""
+def _forward_peak_bytes(transformer: Mapping[str, Any], n: int, branches: int) -> int:
+    """One sample of n tokens (branches of other lengths run one after the other, in each block or in all): the
+    feed-forward layer's two tensors of width 4E, eight of width E (x, q, k, v, ...), and the rotary tables, by head; of
+    another branch x and the tables."""
     e = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
-    return 2 * _BYTES * n * (2 * 4 * e + 8 * e + e)
+    return 2 * _BYTES * n * (2 * 4 * e + 8 * e + e + (branches - 1) * 2 * e)
 
 
 def _encode_flop(spec: ModelSpec, text: int, seen: int) -> float:

@@ -138,11 +138,14 @@ def load_blocks(
     names: NameMap,
     dtype_of: Callable[[str, torch.dtype], torch.dtype],
     blocks: Sequence[str],
+    apart: Sequence[str] = (),
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> M:
-    """The transformer that `make` builds, with the weights in `folder`, ready for inference; its lists of `blocks` are
-    streamed if the options say so. `dtype_of(parameter name, dtype of the model)`. Raises ModelError, as
-    `load_weights`."""
+    """The transformer that `make` builds, with the weights in `folder`, ready for inference.
+
+    If the options say so, its lists of `blocks` are streamed, and each of the lists `apart` beside them.
+    `dtype_of(parameter name, dtype of the model)`. Raises ModelError, as `load_weights`.
+    """
     with torch.device("meta"):
         model = make(options.mesh, select_kernels(options.device, options.attention_backend))
     load_weights(
@@ -152,9 +155,11 @@ def load_blocks(
         options.device,
         lambda name: dtype_of(name, options.dit_dtype),
         ignored,
-        homes=options.residency.homes(*blocks),
+        homes=options.residency.homes(*blocks, *apart),
     )
     options.residency.stream(model, *blocks)
+    for name in apart:
+        options.residency.stream(model, name)
     return model.eval()
 
 

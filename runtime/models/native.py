@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.residency import Residency
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
 from safelight.runtime.parallel.mesh import Axis, ParallelMesh
+from safelight.runtime.pipelines.ahead import Ahead
 from safelight.runtime.pipelines.conditioning import Conditioning
 from safelight.runtime.pipelines.denoise import advance, fresh_state
 from safelight.runtime.pipelines.forward_graphs import ForwardGraphs
@@ -40,6 +41,14 @@ class Denoiser(Protocol):
         """Of activations between the float32 islands."""
 
     __call__: Any  # (latents (B, C, F, h, w), timestep (B,), conditioning) -> the prediction, (B, C, F, h, w)
+
+
+@runtime_checkable
+class DenoisesTogether(Protocol):
+    """A transformer of a family whose batches may have several shapes, texts of different lengths."""
+
+    def together(self, calls: Sequence[tuple[Tensor, Tensor, Any]]) -> list[Tensor]:
+        """Predictions for the arguments of several calls, in one pass over the blocks."""
 
 
 class Vae(Protocol):
@@ -78,6 +87,7 @@ class NativePipeline(ABC, Generic[D, V]):
     vae: V
     residency: Residency = field(default_factory=Residency)
     graphs: ForwardGraphs = field(default_factory=ForwardGraphs)
+    ahead: Ahead = field(default_factory=Ahead)
     colours: LatentColours | None = None
 
     # ---- a family's own
@@ -130,8 +140,8 @@ class NativePipeline(ABC, Generic[D, V]):
         return self.vae.group is not None
 
     def weights_bytes(self) -> int:
-        """Bytes of all resident weights, and room for those that move in."""
-        return self.residency.weights_bytes(*self.modules)
+        """Bytes of all resident weights, and room for those that move in and for what is made ahead."""
+        return self.residency.weights_bytes(*self.modules) + self.ahead.room
 
     def profile(self, request: GenerationRequest) -> JobProfile:
         return FAMILIES[self.spec.family].profile(self.spec, SamplingParams.of(request))
@@ -167,16 +177,30 @@ class NativePipeline(ABC, Generic[D, V]):
         ]
 
     def predict(self, parts: Sequence[Part]) -> list[Tensor]:
-        """The velocity of each, (C, F, h, w) float32; one forward for each shape of conditioning."""
-        return run_in_groups(parts, lambda part: part[1].conditioning.shapes(part[0]), self._forward)
+        """The velocity of each, (C, F, h, w) float32; one forward for each shape of conditioning.
 
-    def _forward(self, parts: list[Part]) -> list[Tensor]:
+        Where blocks are streamed, all forwards share one pass over them.
+        """
+        return run_in_groups(parts, lambda part: part[1].conditioning.shapes(part[0]), self._forwards)
+
+    def _forwards(self, groups: list[list[Part]]) -> list[list[Tensor]]:
+        transformer = self.transformer
+        if len(groups) > 1 and self.residency.streams and isinstance(transformer, DenoisesTogether):
+            made = transformer.together([self._arguments(parts) for parts in groups])
+        else:
+            made = [self._forward(parts) for parts in groups]
+        return [list(predicted.float()) for predicted in made]
+
+    def _forward(self, parts: list[Part]) -> Tensor:
+        needs = partial(self.forward_bytes, [state for _, state in parts])
+        predicted: Tensor = self.graphs(self.transformer, *self._arguments(parts), needs=needs)
+        return predicted
+
+    def _arguments(self, parts: list[Part]) -> tuple[Tensor, Tensor, Any]:
         states = [state for _, state in parts]
         times = self.timesteps([self.schedule(s.request).timesteps[s.step] for s in states])
         latents = torch.stack([s.latents for s in states]).to(self.transformer.dtype)
-        timestep, needs = times.to(self.device, non_blocking=True), partial(self.forward_bytes, states)
-        predicted = self.graphs(self.transformer, latents, timestep, self.inputs(parts), needs=needs)
-        return list(predicted.float())
+        return latents, times.to(self.device, non_blocking=True), self.inputs(parts)
 
     def forward_bytes(self, states: Sequence[DenoiseState]) -> int:
         """Activations of a forward on one rank, about; `states`: that of each sample. Profiles are of float32 on one

@@ -192,12 +192,13 @@ def stream_blocks(model: nn.Module, names: Sequence[str], device: torch.device, 
     """Replaces the lists of blocks `names` of a loaded model, in the order in which forward runs through them."""
     lists: dict[str, nn.ModuleList] = {}
     for name in names:
-        child = getattr(model, name)
+        child = model.get_submodule(name)
         assert isinstance(child, nn.ModuleList), f"{name} is a list of blocks"
         lists[name] = child
     stream = BlockStream(list(lists.values()), device, pin=pin)
     first = 0
     for name, blocks in lists.items():
-        setattr(model, name, StreamedBlocks(blocks, stream, first))
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, StreamedBlocks(blocks, stream, first))
         first += len(blocks)
     return stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 
-from parity.compare import CONTROL_FACTOR, TOLERANCE, Control, breaking, errors, load_ours, load_tokenizer, run
+from parity.compare import CONTROL_FACTOR, TOLERANCE, Broken, Control, breaking, errors, load_ours, load_tokenizer, run
 from safelight.configs.families.flux_costs import text_tokens
 from safelight.runtime.layers.embeddings import packed_to_latents
 from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
+from safelight.runtime.pipelines.ahead import Ahead
 
 __all__ = ["CASES", "CHECKPOINT", "CONTROLS", "CONTROL_FACTOR", "TOLERANCE", "Case", "Parity", "errors"]
 CHECKPOINT = "flux1-dev"
@@ -130,12 +132,18 @@ def _without_padding(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, 
     return inner(latents, timestep, text._replace(embeds=text.embeds[:, :40]))
 
 
-def _without_gist(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, text: Any) -> Any:
-    return inner(latents, timestep, text._replace(pooled=torch.zeros_like(text.pooled)))
+class _Misled(Broken):
+    """The transformer, modulated by what `spoil` makes of the gist and the guidance."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.inner(*arguments)
+
+    def modulate(self, timestep: torch.Tensor, *given: torch.Tensor) -> Any:
+        return self.inner.modulate(timestep, *self.spoil(*given))
 
 
-def _other_guidance(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, text: Any) -> Any:
-    return inner(latents, timestep, text._replace(guidance=torch.zeros_like(text.guidance)))
+def _misleading(spoil: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[[Any], Any]:
+    return lambda p: replace(p, transformer=_Misled(p.transformer, spoil), ahead=Ahead(p.transformer.modulation_bytes))
 
 
 def _swapped_streams(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, text: Any) -> Any:
@@ -151,8 +159,8 @@ CONTROLS = (
     Control("without RoPE", breaking(_without_rope)),
     Control("rows and columns swapped", breaking(_rows_and_columns_swapped)),
     Control("text without its padding", breaking(_without_padding)),
-    Control("without CLIP's gist", breaking(_without_gist)),
-    Control("guidance not embedded", breaking(_other_guidance)),
+    Control("without CLIP's gist", _misleading(lambda gist, guidance: (torch.zeros_like(gist), guidance))),
+    Control("guidance not embedded", _misleading(lambda gist, guidance: (gist, torch.zeros_like(guidance)))),
     Control("text and image projections swapped", breaking(_swapped_streams)),
     Control("another prompt", case=replace(CASES[0], prompt="the dog")),
     Control("another guidance", case=replace(CASES[0], guidance=2.5)),

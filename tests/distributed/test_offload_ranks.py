@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from deeper_wan import deeper_wan
+from deeper import deeper_wan
 from rank_processes import run_ranks
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from deeper_wan import script
+from deeper import script
 from device_waits import no_waits
 from rank_processes import run_ranks
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from deeper_wan import deeper_wan, script
+from deeper import deeper_wan, script
 from device_waits import no_waits
 
 from safelight.configs.families import identify

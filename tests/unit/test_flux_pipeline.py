@@ -378,7 +378,7 @@ def test_tiling_decodes_the_same_picture_in_bands(
 
 def test_weights_bytes_counts_every_resident_weight(pipeline: FluxPipeline, checkpoint: Path) -> None:
     stored = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
-    assert 0.6 * stored < pipeline.weights_bytes() < stored  # the VAE's encoder is not loaded
+    assert 0.6 * stored < pipeline.weights_bytes() - pipeline.ahead.room < stored  # the VAE's encoder is not loaded
 
 
 def test_an_incomplete_or_contradictory_config_is_named() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import hypothesis
 import pytest
 import torch
-from deeper_wan import script
+from deeper import script
 from hypothesis import strategies as st
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deeper_wan import deeper_wan, script
+from deeper import deeper, deeper_wan, script
 from msgspec import structs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,9 +134,44 @@ def test_flux_streams_both_kinds_of_blocks_and_moves_both_encoders(tmp_path: Pat
                 (state,) = pipeline.step([state])
             made.append([state.latents, pipeline.decode(state, None)[0].frames])
             assert options.residency.components_on_device() == ()
-    [stream] = options.residency.streams
-    assert (len(stream), stream.copies) == (4, 3 * 4 + 1)
+    blocks, modulation = options.residency.streams
+    assert (len(blocks), blocks.copies) == (4, 3 * 4 + 1)
+    assert (len(modulation), modulation.copies) == (4, 4 + 1), "once for all steps"
     assert options.residency.unused() == ["image_encoder"]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "count", "streams"),
+    [("qwen-image", "transformer_blocks", "num_layers", 2), ("z-image", "layers", "n_layers", 1)],
+)
+def test_prompts_of_different_lengths_share_a_pass_over_the_blocks(
+    tmp_path: Path, family: str, blocks: str, count: str, streams: int
+) -> None:
+    deeper(family, tmp_path, blocks, count, 4)
+    texts = {"prompt": tuple(range(3, 73)), "negative": tuple(range(3, 40))}
+    made: list[list[Tensor]] = []
+    with torch.inference_mode():
+        for offload in ((), ("dit",)):
+            options = LoadOptions(CPU, torch.float32, torch.float32, None, ParallelMesh.single(), offload=offload)
+            pipeline: Any = load_pipeline(tmp_path, options)
+            jobs = [
+                GenerationRequest(
+                    "", "", {"prompt": texts["prompt"][:length], "negative": texts["negative"]}, 32, 48, 1, 1, 3, 4.0,
+                    length, 1, "euler", MediaSpec(MediaFormat.NPY), true_cfg_scale=4.0, cfg_normalization=0.0,
+                    cfg_truncation=1.0,
+                )
+                for length in (70, 41)
+            ]  # fmt: skip
+            states = [pipeline.prepare(job, pipeline.encode(job), 0) for job in jobs]
+            shapes = {s.conditioning.shapes(branch) for s in states for branch in (0, 1)}
+            assert len(shapes) > 1
+            for _ in range(3):
+                states = pipeline.step(states)
+            made.append([state.latents for state in states])
+    assert len(options.residency.streams) == streams
+    stream = options.residency.streams[0]
+    assert (len(stream), stream.copies) == (4, 3 * 4 + 1), "one pass a step"
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.configs.families.qwen_costs import forward_flop
@@ -266,14 +266,12 @@ def test_a_step_changes_nothing_that_it_was_given(edits: Any) -> None:
 
 
 def test_a_failed_step_leaves_its_states_usable(parity: Any) -> None:
-    class Failing(nn.Module):
-        dtype = torch.float32
-
-        def forward(self, *_: Any) -> Tensor:
+    class Failing(Counting):
+        def __call__(self, *_: Any) -> Tensor:
             raise RuntimeError("out of memory")
 
     state = advance(parity.ours, start(parity), 1)
-    broken: Any = replace(parity.ours, transformer=Failing())
+    broken: Any = replace(parity.ours, transformer=Failing(parity.ours.transformer))
     with pytest.raises(RuntimeError, match="out of memory"):
         advance(broken, state, 1)
     assert torch.equal(advance(parity.ours, state).latents, advance(parity.ours, start(parity)).latents)

@@ -211,7 +211,7 @@ def test_pictures_modulated_by_the_step_show_where_they_are_modulated_by_zero(ou
     assert error(predict(merged, sample), expected(references[True], sample)) > 50 * TOLERANCE
 
 
-@pytest.mark.parametrize("pair", [("blocks.0", "blocks.1"), ("blocks.1.feed_forward", "blocks.1.text_feed_forward"), ("blocks.0.modulation", "blocks.0.text_modulation"), ("blocks.1.attention.norm_q", "blocks.1.attention.norm_text_q")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize("pair", [("blocks.0", "blocks.1"), ("blocks.1.feed_forward", "blocks.1.text_feed_forward"), ("modulation.layers.0", "modulation.layers.1"), ("blocks.1.attention.norm_q", "blocks.1.attention.norm_text_q")])  # fmt: skip  # noqa: E501
 def test_swapped_weights_show(folders: dict[bool, Path], references: Any, pair: tuple[str, str]) -> None:
     model = load_transformer(folders[False], options())
     first, second = (model.get_submodule(name) for name in pair)

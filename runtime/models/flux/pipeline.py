@@ -19,6 +19,7 @@ from safelight.runtime.models.flux.weights import load_transformer
 from safelight.runtime.models.native import NativePipeline, Part, loaded_alike
 from safelight.runtime.models.vae.kl import KlVae, load_kl_vae
 from safelight.runtime.models.vae.tiles import KL_BAND_ROWS
+from safelight.runtime.pipelines.ahead import Ahead
 from safelight.runtime.pipelines.conditioning import branch_names, ids_of
 from safelight.runtime.pipelines.protocol import DenoiseState
 from safelight.runtime.samplers import Schedule, read_image_config
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from safelight.runtime.models.registry import LoadOptions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One prompt's embeddings: `words` (T, E of T5) and `gist` (E of CLIP,), in the transformer's dtype. Words are
     padded to T, and what T5 makes of the padding is content."""
@@ -77,12 +78,20 @@ class FluxPipeline(NativePipeline[FluxTransformer, KlVae]):
         return FluxConditioning(tuple(Prompt(word.to(dtype), gist.to(dtype)) for word, gist in pairs))
 
     def inputs(self, parts: Sequence[Part]) -> FluxText:
-        prompts = [state.conditioning.branches[branch] for branch, state in parts]
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            scales = torch.tensor([state.guidance_scale for _, state in parts], dtype=torch.float32)
-            guidance = scales.to(self.device, non_blocking=True)
-        return FluxText(torch.stack([p.words for p in prompts]), torch.stack([p.gist for p in prompts]), guidance)
+        words = torch.stack([state.conditioning.branches[branch].words for branch, state in parts])
+        return FluxText(words, modulation=torch.stack([self._modulation(*part) for part in parts]))
+
+    def _modulation(self, branch: int, state: DenoiseState) -> Tensor:
+        """(1, M, E) of a sample's step."""
+        prompt: Prompt = state.conditioning.branches[branch]
+
+        def make(times: Sequence[float]) -> Tensor:
+            given = self.timesteps(times), torch.tensor([state.guidance_scale], dtype=torch.float32)
+            timestep, scale = (tensor.to(self.device, non_blocking=True) for tensor in given)
+            return self.transformer.modulate(timestep, prompt.gist[None], scale)
+
+        times = self.schedule(state.request).timesteps
+        return self.ahead.row((prompt, state.guidance_scale), times, state.step, make)
 
     def schedule(self, request: GenerationRequest) -> Schedule:
         return self.sampler(request).schedule(request.num_inference_steps, self.profile(request).tokens)
@@ -94,10 +103,12 @@ class FluxPipeline(NativePipeline[FluxTransformer, KlVae]):
 def load(spec: ModelSpec, options: LoadOptions) -> FluxPipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
     residency = options.residency
+    transformer = load_transformer(spec.root / "transformer", options)
     return FluxPipeline(
         **loaded_alike(spec, options),
         flow=read_image_config(spec.sampler),
-        transformer=load_transformer(spec.root / "transformer", options),
+        transformer=transformer,
+        ahead=Ahead(transformer.modulation_bytes),
         clip=residency.load(
             "text_encoder", lambda home: load_clip(spec.root / "text_encoder", home, options.dit_dtype)
         ),

@@ -1,7 +1,8 @@
 """The FLUX.1 transformer, from our layers: double-stream blocks, then single-stream blocks.
 
 Computes like diffusers' FluxTransformer2DModel, with more float32: embeddings of time, guidance and pooled text,
-modulation, gates, norms and rotary positions. When ranks share the sequence, latents in and prediction out are whole on
+modulation, gates, norms and rotary positions. Modulation, of the time, the guidance and the prompt's gist, is made
+outside of the blocks (`layers.modulation`). When ranks share the sequence, latents in and prediction out are whole on
 every rank; text and image tokens are sharded in between as one sequence (`JointShare`).
 """
 
@@ -20,6 +21,7 @@ from safelight.runtime.errors import ModelError
 from safelight.runtime.layers.attention import JointAttention
 from safelight.runtime.layers.embeddings import FeedForward, TimeEmbedding, packed_to_latents, patchify
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of, scoped
+from safelight.runtime.layers.modulation import Modulation
 from safelight.runtime.layers.norm import HeadNorm
 from safelight.runtime.layers.rope import Rope3D, Rotary, joint_rotary
 from safelight.runtime.parallel.joint import JointShare
@@ -69,11 +71,13 @@ class FluxConfig:
 
 class FluxText(NamedTuple):
     """Conditioning: embeds (B, T, joint_attention_dim), whose padding the reference attends to; pooled (B, P);
-    guidance (B,) float32, for models that embed it."""
+    guidance (B,) float32, for models that embed it; or, in place of these two, modulation: rows of
+    `FluxTransformer.modulate`, made before."""
 
     embeds: Tensor
-    pooled: Tensor
-    guidance: Tensor | None
+    pooled: Tensor | None = None
+    guidance: Tensor | None = None
+    modulation: Tensor | None = None
 
 
 class DoubleBlock(nn.Module):
@@ -83,19 +87,20 @@ class DoubleBlock(nn.Module):
         super().__init__()
         width = config.width
         self.kernels = kernels
-        self.modulation, self.text_modulation = Linear(width, 6 * width), Linear(width, 6 * width)
         self.attention = JointAttention(width, config.num_attention_heads, EPS, kernels, groups=groups)
         self.feed_forward = FeedForward(width, 4 * width, width, kernels)
         self.text_feed_forward = FeedForward(width, 4 * width, width, kernels)
 
     def forward(
-        self, text: Tensor, image: Tensor, time: Tensor, rotary: Rotary, share: JointShare,
+        self, text: Tensor, image: Tensor, modulation: Tensor, rotary: Rotary, share: JointShare,
         adapters: Adapters | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """text: (B, t, E), image: (B, s, E), time: (B, 1, E) after SiLU -> the same shapes."""
+        """text: (B, t, E), image: (B, s, E), modulation: (B, 1, 12, E) -> the same two shapes.
+
+        Shift, scale and gate of attention and of the feed-forward layer, of image tokens and then of text.
+        """
         k = self.kernels
-        ours = self.modulation(time, adapters_of(adapters, "modulation")).float().chunk(6, dim=-1)
-        texts = self.text_modulation(time, adapters_of(adapters, "text_modulation")).float().chunk(6, dim=-1)
+        ours, texts = modulation[:, :, :6].unbind(2), modulation[:, :, 6:].unbind(2)
         added = self.attention(
             k.layer_norm_modulate(text, texts[1], texts[0], EPS),
             k.layer_norm_modulate(image, ours[1], ours[0], EPS),
@@ -121,15 +126,16 @@ class SingleBlock(nn.Module):
         super().__init__()
         width, self.heads = config.width, config.num_attention_heads
         self.kernels, self.groups = kernels, groups
-        self.modulation = Linear(width, 3 * width)
         self.up = Linear(width, 7 * width)
         self.norm_q, self.norm_k = (HeadNorm(config.attention_head_dim, EPS, kernels) for _ in range(2))
         self.down = Linear(5 * width, width)
 
-    def forward(self, x: Tensor, time: Tensor, rotary: Rotary, length: int, adapters: Adapters | None = None) -> Tensor:
-        """x: (B, t + s, E), time: (B, 1, E) after SiLU, `length`: T + S -> (B, t + s, E)."""
+    def forward(
+        self, x: Tensor, modulation: Tensor, rotary: Rotary, length: int, adapters: Adapters | None = None
+    ) -> Tensor:
+        """x: (B, t + s, E), modulation: (B, 1, 3, E), shift, scale and gate, `length`: T + S -> (B, t + s, E)."""
         k = self.kernels
-        shift, scale, gate = self.modulation(time, adapters_of(adapters, "modulation")).float().chunk(3, dim=-1)
+        shift, scale, gate = modulation.unbind(2)
         width = x.shape[-1]
         up = self.up(k.layer_norm_modulate(x, scale, shift, EPS), adapters_of(adapters, "up"))
         q, key, v, hidden = up.split((width, width, width, 4 * width), dim=-1)
@@ -162,19 +168,25 @@ class FluxTransformer(nn.Module):
         self.time_embedding = TimeEmbedding(FREQUENCIES, width)
         self.guidance_embedding = TimeEmbedding(FREQUENCIES, width) if config.guidance_embeds else None
         self.pooled_in, self.pooled_out = Linear(config.pooled_projection_dim, width), Linear(width, width)
+        counts = [*[12] * config.num_layers, *[3] * config.num_single_layers, 2]  # the last: of the projection
+        self.modulation = Modulation(width, counts)
         self.double_blocks = nn.ModuleList(
             DoubleBlock(config, kernels, groups=self.groups) for _ in range(config.num_layers)
         )
         self.single_blocks = nn.ModuleList(
             SingleBlock(config, kernels, groups=self.groups) for _ in range(config.num_single_layers)
         )
-        self.modulation = Linear(width, 2 * width)
         self.projection = Linear(width, config.in_channels)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations between the float32 islands."""
         return next(self.image_embedding.parameters()).dtype
+
+    @property
+    def modulation_bytes(self) -> int:
+        """Of one time."""
+        return self.modulation.row_values * self.dtype.itemsize
 
     def rope(self, shape: torch.Size | tuple[int, ...], text: int) -> Rotary:
         """This rank's rotary table, text first, for latents (..., 1, h, w) and `text` tokens, which are all at position
@@ -201,29 +213,37 @@ class FluxTransformer(nn.Module):
         own_text, own_image = share.shard(embeds, patches)
         text = self.text_embedding(own_text, adapters_of(adapters, "text_embedding"))
         image = self.image_embedding(own_image, adapters_of(adapters, "image_embedding"))
-        time = F.silu(self._time(timestep, conditioning, adapters)).to(self.dtype)
+        modulation = conditioning.modulation
+        if modulation is None:
+            assert conditioning.pooled is not None, "modulation, or what it is made of"
+            modulation = self.modulate(timestep, conditioning.pooled, conditioning.guidance, adapters)
+        parts = iter(self.modulation.split(modulation))
         for index, block in enumerate(self.double_blocks):
-            text, image = block(text, image, time, rotary, share, scoped(adapters, f"double_blocks.{index}"))
+            text, image = block(text, image, next(parts), rotary, share, scoped(adapters, f"double_blocks.{index}"))
         x = torch.cat([text, image], dim=1)
         for index, block in enumerate(self.single_blocks):
-            x = block(x, time, rotary, share.length, scoped(adapters, f"single_blocks.{index}"))
-        scale, shift = self.modulation(time, adapters_of(adapters, "modulation")).float().chunk(2, dim=-1)
+            x = block(x, next(parts), rotary, share.length, scoped(adapters, f"single_blocks.{index}"))
+        scale, shift = next(parts).unbind(2)
         image = self.kernels.layer_norm_modulate(share.split(x)[1], scale, shift, EPS)
         tokens = share.gather_image(self.projection(image, adapters_of(adapters, "projection")))
         grid = (1, latents.shape[-2] // PATCH[1], latents.shape[-1] // PATCH[2])
         prediction = packed_to_latents(tokens, grid, PATCH).to(latents.dtype)
         return prediction if out is None else out.copy_(prediction)
 
-    def _time(self, timestep: Tensor, conditioning: FluxText, adapters: Adapters | None) -> Tensor:
-        """timestep: (B,) -> what modulates every block, (B, 1, E) float32."""
-        time: Tensor = self.time_embedding(timestep[:, None], scoped(adapters, "time_embedding"))
+    def modulate(
+        self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None, adapters: Adapters | None = None
+    ) -> Tensor:
+        """timestep: (B,), pooled: (B or 1, P), guidance: (B or 1,) float32 -> what modulates every block and the
+        projection, (B, 1, M, E) in the model's dtype."""
+        time = self.time_embedding(timestep[:, None], scoped(adapters, "time_embedding"))
         if self.guidance_embedding is not None:
-            assert conditioning.guidance is not None, "this model embeds the guidance scale"
-            guidance = conditioning.guidance.float()[:, None] * 1000
-            time = time + self.guidance_embedding(guidance, scoped(adapters, "guidance_embedding"))
-        pooled = self.pooled_in(conditioning.pooled.float()[:, None], adapters_of(adapters, "pooled_in"))
-        added: Tensor = self.pooled_out(F.silu(pooled), adapters_of(adapters, "pooled_out"))
-        return time + added
+            assert guidance is not None, "this model embeds the guidance scale"
+            scale = guidance.float()[:, None] * 1000
+            time = time + self.guidance_embedding(scale, scoped(adapters, "guidance_embedding"))
+        gist = self.pooled_in(pooled.float()[:, None], adapters_of(adapters, "pooled_in"))
+        time = time + self.pooled_out(F.silu(gist), adapters_of(adapters, "pooled_out"))
+        made: Tensor = self.modulation(F.silu(time).to(self.dtype), scoped(adapters, "modulation"))
+        return made
 
     def compile_blocks(self) -> None:
         """Compiles one block of each kind for all layers (a graph per latent shape; collectives break it)."""

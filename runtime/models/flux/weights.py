@@ -25,7 +25,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "time_embedding.linear_out": ("time_text_embed.timestep_embedder.linear_2",),
     "pooled_in": ("time_text_embed.text_embedder.linear_1",),
     "pooled_out": ("time_text_embed.text_embedder.linear_2",),
-    "modulation": ("norm_out.linear",),
     "projection": ("proj_out",),
 }
 GUIDANCE_LAYERS: dict[str, tuple[str, ...]] = {
@@ -33,8 +32,6 @@ GUIDANCE_LAYERS: dict[str, tuple[str, ...]] = {
     "guidance_embedding.linear_out": ("time_text_embed.guidance_embedder.linear_2",),
 }
 DOUBLE_LAYERS: dict[str, tuple[str, ...]] = {
-    "modulation": ("norm1.linear",),
-    "text_modulation": ("norm1_context.linear",),
     "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attention.text_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "attention.out": ("attn.to_out.0",),
@@ -51,12 +48,13 @@ DOUBLE_NORMS = {  # weight only
     "attention.norm_text_k": "attn.norm_added_k",
 }
 SINGLE_LAYERS: dict[str, tuple[str, ...]] = {
-    "modulation": ("norm.linear",),
     "up": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "down": ("proj_out",),
 }
+DOUBLE_MODULATION, SINGLE_MODULATION = ("norm1.linear", "norm1_context.linear"), ("norm.linear",)  # one layer a block
 SINGLE_NORMS = {"norm_q": "attn.norm_q", "norm_k": "attn.norm_k"}  # weight only
 BLOCKS = ("double_blocks", "single_blocks")  # in the order in which forward runs through them
+APART = ("modulation.layers",)  # lists that are run through outside of the blocks
 FLOAT32 = ("time_embedding.", "guidance_embedding.", "pooled_")  # begin the names of what stays float32
 
 
@@ -65,14 +63,24 @@ def name_map(config: FluxConfig) -> dict[str, tuple[str, ...]]:
     layers = LAYERS | (GUIDANCE_LAYERS if config.guidance_embeds else {})
     names: dict[str, tuple[str, ...]] = {}
     kinds = (
-        ("double_blocks", "transformer_blocks", config.num_layers, DOUBLE_LAYERS, DOUBLE_NORMS),
-        ("single_blocks", "single_transformer_blocks", config.num_single_layers, SINGLE_LAYERS, SINGLE_NORMS),
+        ("double_blocks", "transformer_blocks", config.num_layers, DOUBLE_LAYERS, DOUBLE_NORMS, DOUBLE_MODULATION),
+        (
+            "single_blocks",
+            "single_transformer_blocks",
+            config.num_single_layers,
+            SINGLE_LAYERS,
+            SINGLE_NORMS,
+            SINGLE_MODULATION,
+        ),
     )
-    for ours, theirs, count, block_layers, norms in kinds:
+    modulation: list[tuple[str, ...]] = []
+    for ours, theirs, count, block_layers, norms, modulated in kinds:
         for index in range(count):
             mine, published = f"{ours}.{index}.", f"{theirs}.{index}."
+            modulation.append(tuple(published + source for source in modulated))
             layers |= {mine + name: tuple(published + s for s in sources) for name, sources in block_layers.items()}
             names |= {f"{mine}{name}.weight": (f"{published}{source}.weight",) for name, source in norms.items()}
+    layers |= {f"modulation.layers.{i}": each for i, each in enumerate([*modulation, ("norm_out.linear",)])}
     for name, sources in layers.items():
         for leaf in ("weight", "bias"):
             names[f"{name}.{leaf}"] = tuple(f"{source}.{leaf}" for source in sources)
@@ -90,4 +98,6 @@ def load_transformer(folder: Path, options: LoadOptions) -> FluxTransformer:
     Raises ModelError naming the file and the tensor.
     """
     config = FluxConfig.from_json(read_json(folder / "config.json"))
-    return load_blocks(partial(FluxTransformer, config), folder, options, name_map(config), parameter_dtype, BLOCKS)
+    return load_blocks(
+        partial(FluxTransformer, config), folder, options, name_map(config), parameter_dtype, BLOCKS, APART
+    )

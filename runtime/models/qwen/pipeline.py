@@ -24,6 +24,7 @@ from safelight.runtime.models.qwen.weights import load_transformer
 from safelight.runtime.models.vae.qwen import load_qwen_vae
 from safelight.runtime.models.vae.tiles import WAN_BAND_ROWS
 from safelight.runtime.models.vae.wan import WanVae
+from safelight.runtime.pipelines.ahead import Ahead
 from safelight.runtime.pipelines.conditioning import Branches, branch_names, ids_of
 from safelight.runtime.pipelines.protocol import DenoiseState
 from safelight.runtime.samplers import Schedule, read_image_config
@@ -90,7 +91,18 @@ class QwenPipeline(NativePipeline[QwenTransformer, WanVae]):
     def inputs(self, parts: Sequence[Part]) -> QwenInputs:
         text = torch.stack([state.conditioning.branch(branch) for branch, state in parts])
         same = zip(*(state.conditioning.references for _, state in parts), strict=True)
-        return QwenInputs(text, tuple(torch.stack(pictures).to(self.transformer.dtype) for pictures in same))
+        references = tuple(torch.stack(pictures).to(self.transformer.dtype) for pictures in same)
+        return QwenInputs(text, references, torch.stack([self._modulation(state) for _, state in parts]))
+
+    def _modulation(self, state: DenoiseState) -> Tensor:
+        """(N, M, E) of a state's step: the same for all jobs of its schedule, and for both branches."""
+        made = self.ahead.row((), self.schedule(state.request).timesteps, state.step, self._modulate)
+        if self.transformer.times_of(state.conditioning.references) == 1:
+            return made
+        return torch.cat([made, self.ahead.row((), (0.0,), 0, self._modulate)])
+
+    def _modulate(self, times: Sequence[float]) -> Tensor:
+        return self.transformer.modulate(self.timesteps(times).to(self.device, non_blocking=True)[:, None])
 
     def schedule(self, request: GenerationRequest) -> Schedule:
         """The shift grows with the result's tokens; pictures to edit do not count."""
@@ -120,10 +132,12 @@ def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
     """Loads every component of `spec.root`. Raises ModelError naming what is missing, corrupt or unsupported."""
     edits = spec.images[1] > 0
     residency = options.residency
+    transformer = load_transformer(spec.root / "transformer", options)
     return QwenPipeline(
         **loaded_alike(spec, options),
         flow=read_image_config(spec.sampler),
-        transformer=load_transformer(spec.root / "transformer", options),
+        transformer=transformer,
+        ahead=Ahead(transformer.modulation_bytes),
         text_encoder=residency.load(
             "text_encoder",
             lambda home: load_qwen2_5_vl(

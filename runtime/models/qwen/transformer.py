@@ -3,8 +3,9 @@
 Computes like diffusers' QwenImageTransformer2DModel: 60 double-stream blocks, in which text and image tokens have
 weights of their own and share one attention. Pictures to edit are more image tokens behind those of the result, and no
 prediction of theirs is kept. Norms, modulation and gates are float32 whatever the model's dtype, and so is the time
-embedding. When ranks share the sequence, latents in and prediction out are whole on every rank; tokens are sharded in
-between (`parallel.joint`).
+embedding. Modulation depends on the time alone and is made outside of the blocks (`layers.modulation`). When ranks
+share the sequence, latents in and prediction out are whole on every rank; tokens are sharded in between
+(`parallel.joint`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safelight.runtime.layers.attention import JointAttention
 from safelight.runtime.layers.centred_rope import CentredRope, Grid
 from safelight.runtime.layers.embeddings import FeedForward, TimeEmbedding, packed_to_latents, patchify
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of, scoped
+from safelight.runtime.layers.modulation import Modulation
 from safelight.runtime.layers.norm import RMSNorm
 from safelight.runtime.layers.rope import Rotary, joint_rotary
 from safelight.runtime.parallel.joint import JointShare
@@ -78,10 +80,25 @@ class QwenConfig:
 
 class QwenInputs(NamedTuple):
     """Conditioning. embeds: (B, T, text_dim), without padding; references: latents (B, C, 1, h_i, w_i) of the pictures
-    to edit, in their order."""
+    to edit, in their order; modulation: rows of `QwenTransformer.modulate` for its `times`, when they were made before.
+    """
 
     embeds: Tensor
     references: tuple[Tensor, ...] = ()
+    modulation: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A forward under way: tokens between two blocks, and what goes for all blocks."""
+
+    text: Tensor
+    image: Tensor
+    modulation: tuple[Tensor, ...]  # of each block, and of the projection
+    rotary: Rotary
+    share: JointShare
+    made: int
+    grid: Grid  # of the result
 
 
 class QwenBlock(nn.Module):
@@ -91,7 +108,6 @@ class QwenBlock(nn.Module):
         super().__init__()
         width = config.width
         self.kernels = kernels
-        self.modulation, self.text_modulation = Linear(width, 6 * width), Linear(width, 6 * width)
         self.attention = JointAttention(width, config.num_attention_heads, _EPS, kernels, groups=groups)
         self.feed_forward = FeedForward(width, 4 * width, width, kernels)
         self.text_feed_forward = FeedForward(width, 4 * width, width, kernels)
@@ -100,28 +116,24 @@ class QwenBlock(nn.Module):
         self,
         text: Tensor,
         image: Tensor,
-        time: Tensor,
+        modulation: Tensor,
         rotary: Rotary,
         share: JointShare,
         made: int,
         adapters: Adapters | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """text: (B, t, E), image: (B, s, E) of this rank, time: (B, N, E) -> the same two shapes.
+        """text: (B, t, E), image: (B, s, E) of this rank, modulation: (B, N, 12, E) -> the same two shapes.
 
-        The first `made` image tokens are of the result; those behind them are modulated by the last of `time`'s N.
+        Shift, scale and gate of attention and of the feed-forward layer, of image tokens and then of text. The first
+        `made` image tokens are of the result; those behind them are modulated by the last of N.
         """
-        of_image = self._modulation(self.modulation, time, adapters_of(adapters, "modulation"))
-        of_text = self._modulation(self.text_modulation, time[:, :1], adapters_of(adapters, "text_modulation"))
+        of_image, of_text = modulation[:, :, :6].unbind(2), modulation[:, :1, 6:].unbind(2)
         x, y = self._normed(image, of_image[:2], made), self._normed(text, of_text[:2], made)
         y, x = self.attention(y, x, rotary, share, scoped(adapters, "attention"))
         image, text = self._added(image, x, of_image[2], made), self._added(text, y, of_text[2], made)
         x = self.feed_forward(self._normed(image, of_image[3:5], made), scoped(adapters, "feed_forward"))
         y = self.text_feed_forward(self._normed(text, of_text[3:5], made), scoped(adapters, "text_feed_forward"))
         return _finite(self._added(text, y, of_text[5], made)), _finite(self._added(image, x, of_image[5], made))
-
-    def _modulation(self, layer: Linear, time: Tensor, adapters: Any) -> tuple[Tensor, ...]:
-        """time: (B, N, E) -> shift, scale, gate of the attention, and of the feed-forward layer: six (B, N, E)."""
-        return torch.unflatten(layer(time, adapters).float(), 2, (6, -1)).unbind(2)
 
     def _normed(self, x: Tensor, shift_scale: tuple[Tensor, ...], made: int) -> Tensor:
         shift, scale = shift_scale
@@ -149,14 +161,19 @@ class QwenTransformer(nn.Module):
         self.text_norm = RMSNorm(config.joint_attention_dim, _EPS, kernels)
         self.text_embedding = Linear(config.joint_attention_dim, width)
         self.time_embedding = TimeEmbedding(_FREQUENCIES, width, scale=1000.0)
+        self.modulation = Modulation(width, [*[12] * config.num_layers, 2])  # the last: of the projection
         self.blocks = nn.ModuleList(QwenBlock(config, kernels, groups=self.groups) for _ in range(config.num_layers))
-        self.modulation = Linear(width, 2 * width)
         self.projection = Linear(width, config.in_channels)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations between the float32 islands."""
         return next(self.text_embedding.parameters()).dtype
+
+    @property
+    def modulation_bytes(self) -> int:
+        """Of one time."""
+        return self.modulation.row_values * self.dtype.itemsize
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> Grid:
         """Rows and columns of tokens for latents (..., 1, h, w). ValueError if a patch does not fit."""
@@ -184,6 +201,25 @@ class QwenTransformer(nn.Module):
     ) -> Tensor:
         """latents: (B, C, 1, h, w), timestep: (B,) of 1000 -> (B, C, 1, h, w) in the latents' dtype, written to `out`
         when given."""
+        going = self._begin(latents, timestep, conditioning, rotary, adapters)
+        self._through([going], adapters)
+        prediction = self._end(going, adapters).to(latents.dtype)
+        return prediction if out is None else out.copy_(prediction)
+
+    def together(self, calls: Sequence[tuple[Tensor, Tensor, QwenInputs]]) -> list[Tensor]:
+        """Forwards of different shapes in one pass over the blocks, for blocks that have to be brought first."""
+        going = [self._begin(*call) for call in calls]
+        self._through(going)
+        return [self._end(each).to(call[0].dtype) for each, call in zip(going, calls, strict=True)]
+
+    def _begin(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: QwenInputs,
+        rotary: Rotary | None = None,
+        adapters: Adapters | None = None,
+    ) -> _Pass:
         pictures = (latents, *conditioning.references)
         grids = [self.grid(picture.shape) for picture in pictures]
         patch = (1, self.config.patch_size, self.config.patch_size)
@@ -194,23 +230,40 @@ class QwenTransformer(nn.Module):
         text, image = share.shard(embeds, tokens)
         image = self.image_embedding(image.contiguous(), adapters_of(adapters, "image_embedding"))
         text = self.text_embedding(self.text_norm(text), adapters_of(adapters, "text_embedding"))
-        time = self._time(timestep, conditioning, adapters)
+        modulation = conditioning.modulation
+        if modulation is None:
+            modulation = self.modulate(self.times(timestep, conditioning.references), adapters)
         made = max(0, min(image.shape[1], length - max(0, share.start - share.text)))
-        for index, block in enumerate(self.blocks):
-            text, image = block(text, image, time, rotary, share, made, scoped(adapters, f"blocks.{index}"))
-        scale, shift = self.modulation(time[:, :1], adapters_of(adapters, "modulation")).float().chunk(2, dim=2)
-        image = self.kernels.layer_norm_modulate(image, scale, shift, _EPS)
-        image = share.gather_image(self.projection(image, adapters_of(adapters, "projection")))
-        prediction = packed_to_latents(image[:, :length], (1, *grids[0]), patch).to(latents.dtype)
-        return prediction if out is None else out.copy_(prediction)
+        return _Pass(text, image, self.modulation.split(modulation), rotary, share, made, grids[0])
 
-    def _time(self, timestep: Tensor, conditioning: QwenInputs, adapters: Adapters | None) -> Tensor:
-        """timestep: (B,) -> the activated embedding (B, N, E): N = 2, the second at 0, when pictures to edit are
-        modulated apart."""
-        times = (timestep[:, None] / 1000).float()
-        if self.config.zero_cond_t and conditioning.references:
-            times = torch.cat([times, torch.zeros_like(times)], dim=1)
-        return F.silu(self.time_embedding(times, scoped(adapters, "time_embedding")).to(self.dtype))
+    def _through(self, going: Sequence[_Pass], adapters: Adapters | None = None) -> None:
+        for index, block in enumerate(self.blocks):
+            own = scoped(adapters, f"blocks.{index}")
+            for p in going:
+                p.text, p.image = block(p.text, p.image, p.modulation[index], p.rotary, p.share, p.made, own)
+
+    def _end(self, done: _Pass, adapters: Adapters | None = None) -> Tensor:
+        """The prediction, (B, C, 1, h, w)."""
+        scale, shift = done.modulation[-1][:, :1].unbind(2)
+        image = self.kernels.layer_norm_modulate(done.image, scale, shift, _EPS)
+        image = done.share.gather_image(self.projection(image, adapters_of(adapters, "projection")))
+        length, patch = done.grid[0] * done.grid[1], (1, self.config.patch_size, self.config.patch_size)
+        return packed_to_latents(image[:, :length], (1, *done.grid), patch)
+
+    def times(self, timestep: Tensor, references: Sequence[Tensor]) -> Tensor:
+        """timestep: (B,) -> (B, N): N = 2, the second 0, when pictures to edit are modulated apart."""
+        times = timestep[:, None]
+        return torch.cat([times, torch.zeros_like(times)], dim=1) if self.times_of(references) == 2 else times
+
+    def times_of(self, references: Sequence[Tensor]) -> int:
+        """N, see `times`."""
+        return 2 if self.config.zero_cond_t and references else 1
+
+    def modulate(self, times: Tensor, adapters: Adapters | None = None) -> Tensor:
+        """times: (B, N) of 1000 -> what modulates every block and the projection, (B, N, M, E) in the model's dtype."""
+        embedded = self.time_embedding((times / 1000).float(), scoped(adapters, "time_embedding"))
+        made: Tensor = self.modulation(F.silu(embedded.to(self.dtype)), scoped(adapters, "modulation"))
+        return made
 
     def compile_blocks(self) -> None:
         """Compiles the block once for all layers; texts of another length need no graph of their own from the third

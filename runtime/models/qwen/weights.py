@@ -23,13 +23,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "text_embedding": ("txt_in",),
     "time_embedding.linear_in": ("time_text_embed.timestep_embedder.linear_1",),
     "time_embedding.linear_out": ("time_text_embed.timestep_embedder.linear_2",),
-    "modulation": ("norm_out.linear",),
     "projection": ("proj_out",),
 }
 NORMS = {"text_norm": "txt_norm"}  # weight only
 BLOCK_LAYERS: dict[str, tuple[str, ...]] = {
-    "modulation": ("img_mod.1",),
-    "text_modulation": ("txt_mod.1",),
     "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attention.text_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "attention.out": ("attn.to_out.0",),
@@ -45,7 +42,9 @@ BLOCK_NORMS = {  # weight only
     "attention.norm_text_q": "attn.norm_added_q",
     "attention.norm_text_k": "attn.norm_added_k",
 }
+MODULATION = ("img_mod.1", "txt_mod.1")  # of a block, in one layer
 BLOCKS = ("blocks",)  # the lists of blocks, in the order in which forward runs through them
+APART = ("modulation.layers",)  # lists that are run through outside of the blocks
 FLOAT32 = ("time_embedding.",)  # parts of names that are float32 whatever the model's dtype
 
 
@@ -55,7 +54,9 @@ def name_map(config: QwenConfig) -> dict[str, tuple[str, ...]]:
     for index in range(config.num_layers):
         ours, theirs = f"blocks.{index}.", f"transformer_blocks.{index}."
         layers |= {ours + name: tuple(theirs + s for s in sources) for name, sources in BLOCK_LAYERS.items()}
+        layers[f"modulation.layers.{index}"] = tuple(theirs + source for source in MODULATION)
         norms |= {ours + name: theirs + source for name, source in BLOCK_NORMS.items()}
+    layers[f"modulation.layers.{config.num_layers}"] = ("norm_out.linear",)
     names: dict[str, tuple[str, ...]] = {f"{name}.weight": (f"{source}.weight",) for name, source in norms.items()}
     for name, sources in layers.items():
         for leaf in ("weight", "bias"):
@@ -74,4 +75,6 @@ def load_transformer(folder: Path, options: LoadOptions) -> QwenTransformer:
     Raises ModelError naming the file and the tensor.
     """
     config = QwenConfig.from_json(read_json(folder / "config.json"))
-    return load_blocks(partial(QwenTransformer, config), folder, options, name_map(config), parameter_dtype, BLOCKS)
+    return load_blocks(
+        partial(QwenTransformer, config), folder, options, name_map(config), parameter_dtype, BLOCKS, APART
+    )

@@ -8,7 +8,7 @@ whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -124,6 +124,17 @@ class ZImageBlock(nn.Module):
         return k.gated_rms_norm(x, fed, self.after_feed_forward.weight, gate_f.tanh(), self.eps)
 
 
+@dataclass(slots=True)
+class _Pass:
+    """A forward under way: tokens between two blocks, and what goes for all blocks."""
+
+    x: Tensor
+    time: Tensor
+    rotary: Rotary
+    share: TokenShare
+    grid: tuple[int, int, int]
+
+
 class ZImageTransformer(nn.Module):
     """Predicts the velocity of the noised latents. Parameters are uninitialised until `weights.load_transformer`."""
 
@@ -210,6 +221,25 @@ class ZImageTransformer(nn.Module):
     ) -> Tensor:
         """latents: (B, C, F, h, w), timestep: (B,), 0 for noise and 1 for the picture, conditioning.caption: (B, T, E)
         -> picture - noise, (B, C, F, h, w), in the latents' dtype, written to `out` when given."""
+        going = self._begin(latents, timestep, conditioning, rotary, adapters)
+        self._through([going], adapters)
+        prediction = self._end(going, adapters).to(latents.dtype)
+        return prediction if out is None else out.copy_(prediction)
+
+    def together(self, calls: Sequence[tuple[Tensor, Tensor, ZImageText]]) -> list[Tensor]:
+        """Forwards of different shapes in one pass over the blocks, for blocks that have to be brought first."""
+        going = [self._begin(*call) for call in calls]
+        self._through(going)
+        return [self._end(each).to(call[0].dtype) for each, call in zip(going, calls, strict=True)]
+
+    def _begin(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: ZImageText,
+        rotary: Rotary | None = None,
+        adapters: Adapters | None = None,
+    ) -> _Pass:
         caption = conditioning.caption.to(self.dtype)
         grid = self.grid(latents.shape)
         real = grid[0] * grid[1] * grid[2]
@@ -220,15 +250,22 @@ class ZImageTransformer(nn.Module):
         x = self._image(_patches(latents.to(self.dtype)), share, real, adapters)
         for index, block in enumerate(self.noise_refiner):
             x = block(x, time, of_image, share.image, scoped(adapters, f"noise_refiner.{index}"))
-        x = torch.cat([x, share.of_text(caption)], dim=1)
+        return _Pass(torch.cat([x, share.of_text(caption)], dim=1), time, rotary, share, grid)
+
+    def _through(self, going: Sequence[_Pass], adapters: Adapters | None = None) -> None:
         for index, block in enumerate(self.blocks):
-            x = block(x, time, rotary, share.length, scoped(adapters, f"blocks.{index}"))
-        scale = self.final_modulation(F.silu(time), adapters_of(adapters, "final_modulation")).float()
-        x = x[:, : share.image_size]
+            own = scoped(adapters, f"blocks.{index}")
+            for p in going:
+                p.x = block(p.x, p.time, p.rotary, p.share.length, own)
+
+    def _end(self, done: _Pass, adapters: Adapters | None = None) -> Tensor:
+        """The prediction, (B, C, F, h, w)."""
+        share, (frames, rows, columns) = done.share, done.grid
+        scale = self.final_modulation(F.silu(done.time), adapters_of(adapters, "final_modulation")).float()
+        x = done.x[:, : share.image_size]
         x = self.kernels.layer_norm_modulate(x, scale, torch.zeros_like(scale), _FINAL_EPS)
-        x = self.groups.gather(self.projection(x, adapters_of(adapters, "projection")), share.image)[:, :real]
-        prediction = unpatchify(x, grid, PATCH).to(latents.dtype)
-        return prediction if out is None else out.copy_(prediction)
+        x = self.groups.gather(self.projection(x, adapters_of(adapters, "projection")), share.image)
+        return unpatchify(x[:, : frames * rows * columns], done.grid, PATCH)
 
     def _time(self, timestep: Tensor, adapters: Adapters | None) -> Tensor:
         """(B,) -> (B, 1, time width), in the model's dtype."""
