@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from deeper import deeper_wan, script
+from deeper import deeper, deeper_wan, script
 from device_waits import no_waits
 
-from safelight.configs.families import identify
 from safelight.kernels.dispatch import select_kernels
 from safelight.runtime.messages import GenerationRequest, MediaFormat, MediaSpec
-from safelight.runtime.models.registry import LoadOptions
+from safelight.runtime.models.registry import LoadOptions, load_pipeline
 from safelight.runtime.models.residency import Residency
-from safelight.runtime.models.wan.pipeline import WanPipeline, load
+from safelight.runtime.models.wan.pipeline import WanPipeline
 from safelight.runtime.models.wan.transformer import WanConfig, WanText, WanTransformer
 from safelight.runtime.models.wan.weights import parameter_dtype
 from safelight.runtime.parallel.mesh import ParallelMesh
@@ -42,11 +41,13 @@ def request(seed: int = 3) -> GenerationRequest:
     return GenerationRequest("", "", ids, 32, 48, 9, 16, 4, 4.0, seed, 1, "unipc", MediaSpec(MediaFormat.NPY))
 
 
-def loaded(checkpoint: Path, *offload: str, pin: bool = True) -> WanPipeline:
+def loaded(checkpoint: Path, *offload: str, pin: bool = True) -> Any:
     mesh, bf16 = ParallelMesh.single(), torch.bfloat16
     with torch.inference_mode():
-        options = LoadOptions(torch.device("cuda"), bf16, bf16, None, mesh, offload=offload, pin_cpu_memory=pin)
-        return load(identify(checkpoint), options)
+        return load_pipeline(
+            checkpoint,
+            LoadOptions(torch.device("cuda"), bf16, bf16, None, mesh, offload=offload, pin_cpu_memory=pin),
+        )
 
 
 @torch.inference_mode()
@@ -131,6 +132,33 @@ def test_a_buffer_is_not_overwritten_while_it_is_read(compiled: bool) -> None:
         for _ in range(3):
             made = [streamed(latents, t, text) for latents, t in inputs]
             assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "count"),
+    [("qwen-image", "transformer_blocks", "num_layers"), ("z-image", "layers", "n_layers")],
+)
+def test_prompts_of_different_lengths_share_a_pass_over_the_blocks(
+    tmp_path: Path, family: str, blocks: str, count: str
+) -> None:
+    """With the bits of forwards of their own, and without waiting."""
+    deeper(family, tmp_path, blocks, count, 6)
+    made: list[list[torch.Tensor]] = []
+    for offload in ((), ("dit",)):
+        pipeline: Any = loaded(tmp_path, *offload)
+        texts = {"prompt": tuple(range(3, 73)), "negative": tuple(range(3, 40))}
+        job = GenerationRequest(
+            "", "", texts, 64, 96, 1, 1, 18, 4.0, 1, 1, "euler", MediaSpec(MediaFormat.NPY), true_cfg_scale=4.0,
+            cfg_normalization=0.0, cfg_truncation=1.0,
+        )  # fmt: skip
+        with torch.inference_mode():
+            state = pipeline.prepare(job, pipeline.encode(job), 0)
+            states = [(state := pipeline.step([state])[0]).latents for _ in range(2)]
+            with no_waits():
+                states += [(state := pipeline.step([state])[0]).latents for _ in range(16)]
+        made.append(states)
+    assert pipeline.residency.streams[0].copies == 18 * 6 + 1
+    assert [torch.equal(a, b) for a, b in zip(*made, strict=True)] == [True] * 18
 
 
 def test_loading_keeps_to_what_stays_and_two_gigabytes(checkpoint: Path) -> None:
