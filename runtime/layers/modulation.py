@@ -23,10 +23,9 @@ class Modulation(nn.Module):
         self.width, self.counts = width, tuple(counts)
         self.layers = nn.ModuleList(Linear(width, count * width) for count in self.counts)
 
-    @property
-    def row_values(self) -> int:
-        """Values for one time: M E."""
-        return sum(self.counts) * self.width
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Of M E values for one time."""
+        return sum(self.counts) * self.width * dtype.itemsize
 
     def forward(self, time: Tensor, adapters: Adapters | None = None) -> Tensor:
         """time: (B, N, E), activated -> (B, N, M, E) in its dtype."""

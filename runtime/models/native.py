@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from safelight.configs.families import FAMILIES, ModelSpec
 from safelight.configs.profile import JobProfile
 from safelight.configs.sampling_params import SamplingParams
+from safelight.runtime.layers.block_pass import BlockPass
 from safelight.runtime.messages import GenerationRequest
 from safelight.runtime.models.residency import Residency
 from safelight.runtime.parallel.cfg import gather_branches, own_branches
@@ -41,14 +42,6 @@ class Denoiser(Protocol):
         """Of activations between the float32 islands."""
 
     __call__: Any  # (latents (B, C, F, h, w), timestep (B,), conditioning) -> the prediction, (B, C, F, h, w)
-
-
-@runtime_checkable
-class DenoisesTogether(Protocol):
-    """A transformer of a family whose batches may have several shapes, texts of different lengths."""
-
-    def together(self, calls: Sequence[tuple[Tensor, Tensor, Any]]) -> list[Tensor]:
-        """Predictions for the arguments of several calls, in one pass over the blocks."""
 
 
 class Vae(Protocol):
@@ -185,7 +178,7 @@ class NativePipeline(ABC, Generic[D, V]):
 
     def _forwards(self, groups: list[list[Part]]) -> list[list[Tensor]]:
         transformer = self.transformer
-        if len(groups) > 1 and self.residency.streams and isinstance(transformer, DenoisesTogether):
+        if len(groups) > 1 and self.residency.streams and isinstance(transformer, BlockPass):
             made = transformer.together([self._arguments(parts) for parts in groups])
         else:
             made = [self._forward(parts) for parts in groups]

@@ -143,7 +143,7 @@ class _Misled(Broken):
 
 
 def _misleading(spoil: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[[Any], Any]:
-    return lambda p: replace(p, transformer=_Misled(p.transformer, spoil), ahead=Ahead(p.transformer.modulation_bytes))
+    return lambda p: replace(p, transformer=_Misled(p.transformer, spoil), ahead=Ahead())
 
 
 def _swapped_streams(inner: Any, latents: torch.Tensor, timestep: torch.Tensor, text: Any) -> Any:

@@ -108,7 +108,7 @@ def load(spec: ModelSpec, options: LoadOptions) -> FluxPipeline:
         **loaded_alike(spec, options),
         flow=read_image_config(spec.sampler),
         transformer=transformer,
-        ahead=Ahead(transformer.modulation_bytes),
+        ahead=Ahead(transformer.modulation.row_bytes(transformer.dtype)),
         clip=residency.load(
             "text_encoder", lambda home: load_clip(spec.root / "text_encoder", home, options.dit_dtype)
         ),

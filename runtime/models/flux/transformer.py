@@ -183,11 +183,6 @@ class FluxTransformer(nn.Module):
         """The dtype of activations between the float32 islands."""
         return next(self.image_embedding.parameters()).dtype
 
-    @property
-    def modulation_bytes(self) -> int:
-        """Of one time."""
-        return self.modulation.row_values * self.dtype.itemsize
-
     def rope(self, shape: torch.Size | tuple[int, ...], text: int) -> Rotary:
         """This rank's rotary table, text first, for latents (..., 1, h, w) and `text` tokens, which are all at position
         0: a caller that keeps it passes it to `forward`."""

@@ -137,7 +137,7 @@ def load(spec: ModelSpec, options: LoadOptions) -> QwenPipeline:
         **loaded_alike(spec, options),
         flow=read_image_config(spec.sampler),
         transformer=transformer,
-        ahead=Ahead(transformer.modulation_bytes),
+        ahead=Ahead(transformer.modulation.row_bytes(transformer.dtype)),
         text_encoder=residency.load(
             "text_encoder",
             lambda home: load_qwen2_5_vl(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.errors import ModelError
 from safelight.runtime.layers.attention import JointAttention
+from safelight.runtime.layers.block_pass import BlockPass
 from safelight.runtime.layers.centred_rope import CentredRope, Grid
 from safelight.runtime.layers.embeddings import FeedForward, TimeEmbedding, packed_to_latents, patchify
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of, scoped
@@ -149,7 +150,7 @@ class QwenBlock(nn.Module):
         return torch.cat([self.kernels.gated_residual(*part) for part in parts], dim=1)
 
 
-class QwenTransformer(nn.Module):
+class QwenTransformer(BlockPass[_Pass]):
     """Predicts the velocity of the noised latents. Parameters are uninitialised until `weights.load_transformer`."""
 
     def __init__(self, config: QwenConfig, mesh: ParallelMesh, kernels: KernelSet) -> None:
@@ -170,11 +171,6 @@ class QwenTransformer(nn.Module):
         """The dtype of activations between the float32 islands."""
         return next(self.text_embedding.parameters()).dtype
 
-    @property
-    def modulation_bytes(self) -> int:
-        """Of one time."""
-        return self.modulation.row_values * self.dtype.itemsize
-
     def grid(self, shape: torch.Size | tuple[int, ...]) -> Grid:
         """Rows and columns of tokens for latents (..., 1, h, w). ValueError if a patch does not fit."""
         (frames, *size), patch = shape[-3:], self.config.patch_size
@@ -189,37 +185,15 @@ class QwenTransformer(nn.Module):
         of_text, of_pictures = self.rotary(grids, text)
         return joint_rotary(of_text, of_pictures, share)
 
-    def forward(
+    def begin(
         self,
         latents: Tensor,
         timestep: Tensor,
         conditioning: QwenInputs,
-        out: Tensor | None = None,
-        *,
-        rotary: Rotary | None = None,
-        adapters: Adapters | None = None,
-    ) -> Tensor:
-        """latents: (B, C, 1, h, w), timestep: (B,) of 1000 -> (B, C, 1, h, w) in the latents' dtype, written to `out`
-        when given."""
-        going = self._begin(latents, timestep, conditioning, rotary, adapters)
-        self._through([going], adapters)
-        prediction = self._end(going, adapters).to(latents.dtype)
-        return prediction if out is None else out.copy_(prediction)
-
-    def together(self, calls: Sequence[tuple[Tensor, Tensor, QwenInputs]]) -> list[Tensor]:
-        """Forwards of different shapes in one pass over the blocks, for blocks that have to be brought first."""
-        going = [self._begin(*call) for call in calls]
-        self._through(going)
-        return [self._end(each).to(call[0].dtype) for each, call in zip(going, calls, strict=True)]
-
-    def _begin(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: QwenInputs,
-        rotary: Rotary | None = None,
-        adapters: Adapters | None = None,
+        rotary: Rotary | None,
+        adapters: Adapters | None,
     ) -> _Pass:
+        """latents: (B, C, 1, h, w), timestep: (B,) of 1000."""
         pictures = (latents, *conditioning.references)
         grids = [self.grid(picture.shape) for picture in pictures]
         patch = (1, self.config.patch_size, self.config.patch_size)
@@ -236,14 +210,11 @@ class QwenTransformer(nn.Module):
         made = max(0, min(image.shape[1], length - max(0, share.start - share.text)))
         return _Pass(text, image, self.modulation.split(modulation), rotary, share, made, grids[0])
 
-    def _through(self, going: Sequence[_Pass], adapters: Adapters | None = None) -> None:
-        for index, block in enumerate(self.blocks):
-            own = scoped(adapters, f"blocks.{index}")
-            for p in going:
-                p.text, p.image = block(p.text, p.image, p.modulation[index], p.rotary, p.share, p.made, own)
+    def advance(self, going: _Pass, block: nn.Module, index: int, adapters: Adapters | None) -> None:
+        p = going
+        p.text, p.image = block(p.text, p.image, p.modulation[index], p.rotary, p.share, p.made, adapters)
 
-    def _end(self, done: _Pass, adapters: Adapters | None = None) -> Tensor:
-        """The prediction, (B, C, 1, h, w)."""
+    def end(self, done: _Pass, adapters: Adapters | None) -> Tensor:
         scale, shift = done.modulation[-1][:, :1].unbind(2)
         image = self.kernels.layer_norm_modulate(done.image, scale, shift, _EPS)
         image = done.share.gather_image(self.projection(image, adapters_of(adapters, "projection")))

@@ -8,7 +8,7 @@ whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from safelight.kernels.dispatch import KernelSet
 from safelight.runtime.errors import ModelError
+from safelight.runtime.layers.block_pass import BlockPass
 from safelight.runtime.layers.embeddings import timestep_sinusoids, unpatchify
 from safelight.runtime.layers.linear import Adapters, Linear, adapters_of, scoped
 from safelight.runtime.layers.norm import RMSNorm
@@ -135,7 +136,7 @@ class _Pass:
     grid: tuple[int, int, int]
 
 
-class ZImageTransformer(nn.Module):
+class ZImageTransformer(BlockPass[_Pass]):
     """Predicts the velocity of the noised latents. Parameters are uninitialised until `weights.load_transformer`."""
 
     def __init__(self, config: ZImageConfig, mesh: ParallelMesh, kernels: KernelSet) -> None:
@@ -209,37 +210,15 @@ class ZImageTransformer(nn.Module):
             x = block(x, None, rotary, x.shape[1], scoped(adapters, f"context_refiner.{index}"))
         return x
 
-    def forward(
+    def begin(
         self,
         latents: Tensor,
         timestep: Tensor,
         conditioning: ZImageText,
-        out: Tensor | None = None,
-        *,
-        rotary: Rotary | None = None,
-        adapters: Adapters | None = None,
-    ) -> Tensor:
-        """latents: (B, C, F, h, w), timestep: (B,), 0 for noise and 1 for the picture, conditioning.caption: (B, T, E)
-        -> picture - noise, (B, C, F, h, w), in the latents' dtype, written to `out` when given."""
-        going = self._begin(latents, timestep, conditioning, rotary, adapters)
-        self._through([going], adapters)
-        prediction = self._end(going, adapters).to(latents.dtype)
-        return prediction if out is None else out.copy_(prediction)
-
-    def together(self, calls: Sequence[tuple[Tensor, Tensor, ZImageText]]) -> list[Tensor]:
-        """Forwards of different shapes in one pass over the blocks, for blocks that have to be brought first."""
-        going = [self._begin(*call) for call in calls]
-        self._through(going)
-        return [self._end(each).to(call[0].dtype) for each, call in zip(going, calls, strict=True)]
-
-    def _begin(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: ZImageText,
-        rotary: Rotary | None = None,
-        adapters: Adapters | None = None,
+        rotary: Rotary | None,
+        adapters: Adapters | None,
     ) -> _Pass:
+        """timestep: (B,), 0 for noise and 1 for the picture, conditioning.caption: (B, T, E)."""
         caption = conditioning.caption.to(self.dtype)
         grid = self.grid(latents.shape)
         real = grid[0] * grid[1] * grid[2]
@@ -252,14 +231,11 @@ class ZImageTransformer(nn.Module):
             x = block(x, time, of_image, share.image, scoped(adapters, f"noise_refiner.{index}"))
         return _Pass(torch.cat([x, share.of_text(caption)], dim=1), time, rotary, share, grid)
 
-    def _through(self, going: Sequence[_Pass], adapters: Adapters | None = None) -> None:
-        for index, block in enumerate(self.blocks):
-            own = scoped(adapters, f"blocks.{index}")
-            for p in going:
-                p.x = block(p.x, p.time, p.rotary, p.share.length, own)
+    def advance(self, going: _Pass, block: nn.Module, index: int, adapters: Adapters | None) -> None:
+        going.x = block(going.x, going.time, going.rotary, going.share.length, adapters)
 
-    def _end(self, done: _Pass, adapters: Adapters | None = None) -> Tensor:
-        """The prediction, (B, C, F, h, w)."""
+    def end(self, done: _Pass, adapters: Adapters | None) -> Tensor:
+        """picture - noise, (B, C, F, h, w)."""
         share, (frames, rows, columns) = done.share, done.grid
         scale = self.final_modulation(F.silu(done.time), adapters_of(adapters, "final_modulation")).float()
         x = done.x[:, : share.image_size]
