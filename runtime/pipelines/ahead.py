@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from torch import Tensor
 
 ROWS = 16  # steps that are made at once
-ROOM_BYTES = 256 << 20  # for all that is kept
+ROOM_BYTES = 256 << 20  # for all that is kept, or for two blocks of rows where they are larger
 _MOST_BLOCKS = 8
 
 
@@ -23,10 +23,10 @@ class Ahead:
     """
 
     def __init__(self, row_bytes: int = 0) -> None:
+        self._row_bytes = row_bytes
         block = ROWS * row_bytes
-        self._most = _MOST_BLOCKS if block == 0 else max(1, min(_MOST_BLOCKS, ROOM_BYTES // block))
-        self.room = self._most * block  # bytes of the device
-        self._blocks: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.room = min(_MOST_BLOCKS * block, max(ROOM_BYTES, 2 * block))  # bytes of the device
+        self._blocks: OrderedDict[tuple[Hashable, tuple[float, ...]], Tensor] = OrderedDict()
         self.made = 0  # blocks so far
 
     def row(
@@ -40,9 +40,15 @@ class Ahead:
         some = tuple(times[first : first + ROWS])
         key = (owner, some)
         if key not in self._blocks:
-            while len(self._blocks) >= self._most:
-                self._blocks.popitem(last=False)
+            self._make_room(len(some))
             self._blocks[key] = make(some)
             self.made += 1
         self._blocks.move_to_end(key)
         return self._blocks[key][step - first]
+
+    def _make_room(self, rows: int) -> None:
+        """For a block of so many rows; those used least lately go."""
+        kept = sum(len(some) for _, some in self._blocks)
+        while self._blocks and (len(self._blocks) >= _MOST_BLOCKS or (kept + rows) * self._row_bytes > self.room):
+            (_, gone), _ = self._blocks.popitem(last=False)
+            kept -= len(gone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,11 +69,22 @@ def test_what_was_used_least_lately_makes_way() -> None:
 
 
 def test_room_is_that_of_what_is_kept() -> None:
+    of_qwen = (60 * 12 + 2) * 3072 * 2
     assert Ahead().room == 0
     assert Ahead(1000).room == 8 * ROWS * 1000
-    of_qwen = (60 * 12 + 2) * 3072 * 2
-    assert Ahead(of_qwen).room == 3 * ROWS * of_qwen <= ROOM_BYTES < 4 * ROWS * of_qwen
-    assert Ahead(ROOM_BYTES).room == ROWS * ROOM_BYTES, "one piece at least"
+    assert Ahead(of_qwen).room == ROOM_BYTES
+    assert Ahead(2 * of_qwen).room == 2 * ROWS * 2 * of_qwen > ROOM_BYTES
+
+
+@pytest.mark.parametrize("row_bytes", [(60 * 12 + 2) * 3072 * size for size in (2, 4)])
+def test_no_more_is_kept_than_there_is_room_for_and_a_row_beside_is_not_lost(row_bytes: int) -> None:
+    ahead, make, at_zero = Ahead(row_bytes), Maker(), Maker()
+    for step in range(40):
+        ahead.row((), schedule(40), step, make)
+        ahead.row((), (0.0,), 0, at_zero)
+        kept = sum(len(block) for block in ahead._blocks.values())
+        assert kept * row_bytes <= ahead.room
+    assert (len(make.asked), len(at_zero.asked)) == (3, 1)
 
 
 def test_a_failed_making_leaves_nothing_behind() -> None:
