@@ -31,14 +31,19 @@ def edit(path: Path, key: str, value: object) -> None:
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# what a worker finds wrong while it loads is told like the VAE; the rest of it is in tests/unit/test_broken_models.py
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda m: shutil.rmtree(m), "model directory expected"),
     "no index": (lambda m: (m / "model_index.json").unlink(), "model_index.json"),
     "broken index": (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
     "unknown pipeline": (lambda m: edit(m / "model_index.json", "_class_name", "OtherPipeline"), "OtherPipeline"),
+    "truncated transformer": (lambda m: truncate(m / "transformer" / WEIGHTS), "transformer"),
+    "no transformer weights": (lambda m: (m / "transformer" / WEIGHTS).unlink(), "transformer"),
+    "other transformer width": (lambda m: edit(m / "transformer/config.json", "ffn_dim", 96), "shape"),
+    "no text encoder weights": (lambda m: (m / "text_encoder" / "model.safetensors").unlink(), "text_encoder"),
     "truncated vae": (lambda m: truncate(m / "vae" / WEIGHTS), "vae"),
+    "no vae config": (lambda m: (m / "vae" / "config.json").unlink(), "vae"),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer"),
+    "unsupported sampler": (lambda m: edit(m / "scheduler/scheduler_config.json", "solver_order", 7), "solver_order"),
 }
 
 
