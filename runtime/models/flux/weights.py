@@ -51,8 +51,11 @@ SINGLE_LAYERS: dict[str, tuple[str, ...]] = {
     "up": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "down": ("proj_out",),
 }
-DOUBLE_MODULATION, SINGLE_MODULATION = ("norm1.linear", "norm1_context.linear"), ("norm.linear",)  # one layer a block
 SINGLE_NORMS = {"norm_q": "attn.norm_q", "norm_k": "attn.norm_k"}  # weight only
+MODULATION = {
+    "double_blocks": ("norm1.linear", "norm1_context.linear"),
+    "single_blocks": ("norm.linear",),
+}  # of a block
 BLOCKS = ("double_blocks", "single_blocks")  # in the order in which forward runs through them
 APART = ("modulation.layers",)  # lists that are run through outside of the blocks
 FLOAT32 = ("time_embedding.", "guidance_embedding.", "pooled_")  # begin the names of what stays float32
@@ -63,21 +66,14 @@ def name_map(config: FluxConfig) -> dict[str, tuple[str, ...]]:
     layers = LAYERS | (GUIDANCE_LAYERS if config.guidance_embeds else {})
     names: dict[str, tuple[str, ...]] = {}
     kinds = (
-        ("double_blocks", "transformer_blocks", config.num_layers, DOUBLE_LAYERS, DOUBLE_NORMS, DOUBLE_MODULATION),
-        (
-            "single_blocks",
-            "single_transformer_blocks",
-            config.num_single_layers,
-            SINGLE_LAYERS,
-            SINGLE_NORMS,
-            SINGLE_MODULATION,
-        ),
+        ("double_blocks", "transformer_blocks", config.num_layers, DOUBLE_LAYERS, DOUBLE_NORMS),
+        ("single_blocks", "single_transformer_blocks", config.num_single_layers, SINGLE_LAYERS, SINGLE_NORMS),
     )
     modulation: list[tuple[str, ...]] = []
-    for ours, theirs, count, block_layers, norms, modulated in kinds:
+    for ours, theirs, count, block_layers, norms in kinds:
         for index in range(count):
             mine, published = f"{ours}.{index}.", f"{theirs}.{index}."
-            modulation.append(tuple(published + source for source in modulated))
+            modulation.append(tuple(published + source for source in MODULATION[ours]))
             layers |= {mine + name: tuple(published + s for s in sources) for name, sources in block_layers.items()}
             names |= {f"{mine}{name}.weight": (f"{published}{source}.weight",) for name, source in norms.items()}
     layers |= {f"modulation.layers.{i}": each for i, each in enumerate([*modulation, ("norm_out.linear",)])}

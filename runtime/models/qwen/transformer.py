@@ -211,8 +211,8 @@ class QwenTransformer(BlockPass[_Pass]):
         return _Pass(text, image, self.modulation.split(modulation), rotary, share, made, grids[0])
 
     def advance(self, going: _Pass, block: nn.Module, index: int, adapters: Adapters | None) -> None:
-        p = going
-        p.text, p.image = block(p.text, p.image, p.modulation[index], p.rotary, p.share, p.made, adapters)
+        part = going.modulation[index]
+        going.text, going.image = block(going.text, going.image, part, going.rotary, going.share, going.made, adapters)
 
     def end(self, done: _Pass, adapters: Adapters | None) -> Tensor:
         scale, shift = done.modulation[-1][:, :1].unbind(2)
