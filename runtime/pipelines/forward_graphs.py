@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 
 
 class Recorder(Protocol):
-    """Records what a call launches."""
+    """Records what a call launches. `rounding`: bytes that a pool may take beyond what its tensors need."""
+
+    rounding: int
 
     def pool(self, size: int) -> Any:
         """A new pool of memory, which is going to hold about `size` bytes and lasts as long as its recordings."""
@@ -119,7 +121,7 @@ class ForwardGraphs:
         key = (id(forward), _shape(inputs))
         size = self._seen.get(key)
         if size is None:
-            self._seen[key] = needs()
+            self._seen[key] = needs() + recorder.rounding
             while len(self._seen) > MOST_SHAPES:
                 self._seen.popitem(last=False)
             return None
@@ -168,6 +170,8 @@ class ForwardGraphs:
 
 class CudaRecorder:
     """torch.cuda.CUDAGraph, without the synchronisation and the emptying of caches of `torch.cuda.graph`."""
+
+    rounding = 22 << 20  # the allocator puts tensors of 1 to 10 MiB into pieces of 20, smaller ones into pieces of 2
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

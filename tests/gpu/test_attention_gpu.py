@@ -85,6 +85,15 @@ def test_empty_inputs_are_defined() -> None:
     assert torch.equal(lse, torch.full(q.shape[:3], -math.inf, device="cuda"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 9, 9, 0, 64), (2, 0, 3, 2, 128)])
+def test_a_rank_without_heads_or_tokens_attends_to_nothing(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> None:
+    q, k, v = inputs(shape, dtype)
+    assert select_kernels(q.device).attention(q, k, v).shape == q.shape
+
+
 def test_parts_merge_to_the_whole_as_exactly_as_the_kernel_is() -> None:
     q, k, v = inputs((1, 300, 500, 4, 128), torch.bfloat16)
     attention = select_kernels(q.device).attention_lse

@@ -128,9 +128,8 @@ def test_a_forward_can_be_captured_and_replayed_on_other_values() -> None:
         model(*static, out=out, rotary=rotary)
     fresh = inputs()
     for ours, theirs in zip((*static[:2], *static[2]), (*fresh[:2], *fresh[2]), strict=True):
-        assert ours is not None
-        assert theirs is not None
-        ours.copy_(theirs)
+        if ours is not None and theirs is not None:  # modulation made ahead is not part of this forward
+            ours.copy_(theirs)
     graph.replay()
     assert torch.equal(out, model(*fresh))
 

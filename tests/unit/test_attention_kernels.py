@@ -44,6 +44,8 @@ def test_empty_inputs_are_defined(shape: tuple[int, int, int, int, int]) -> None
     out, lse = reference_kernels().attention_lse(q, k, v)
     assert torch.equal(out, torch.zeros_like(q))
     assert torch.equal(lse, torch.full(q.shape[:3], -math.inf))
+    if q.numel() == 0:
+        assert torch.equal(reference_kernels().attention(q, k, v), q)
 
 
 @pytest.mark.parametrize(

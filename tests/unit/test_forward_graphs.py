@@ -34,6 +34,7 @@ class Repeating:
 
     def __init__(self, fails: Exception | None = None) -> None:
         self.recorded, self.launched, self.fails, self.pools = 0, 0, fails, 0
+        self.rounding = 0
 
     def pool(self, size: int) -> int:
         self.pools += 1
