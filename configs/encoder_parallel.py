@@ -16,7 +16,9 @@ from safelight.runtime.errors import ConfigError
 PROMPTS, TOKENS = 2, 128  # a guided request: its prompts are encoded unpadded, and few are longer
 _BYTES = 2  # of a weight
 _SUM_BYTES = 4  # sums over ranks are float32
-CPU = Machine("CPU", attention_tflops=0.03, tflops=0.03, link=1e9, network=1e9, latency_s=1e-3, sum_latency_s=1e-3)
+CPU = Machine(
+    "CPU", attention_tflops=0.03, tflops=0.03, link=1e9, network=1e9, latency_s=1e-3, memory=10e9, encoder_sum_s=1e-3
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +54,18 @@ class EncoderShares:
 
 
 def encode_seconds(shape: EncoderShape, shares: EncoderShares, device: str) -> float:
-    """A guided request's prompts: the slower of arithmetic and reading the weights, the sums over ranks, and the
-    results' way to all ranks."""
+    """A guided request's prompts: the slowest of arithmetic, reading the weights and launching the kernels, the sums
+    over ranks, and the results' way to all ranks."""
     tp, sets = shares.tp, shares.sets
-    machine, memory = _machine(device)
+    machine = _machine(device)
     tokens = shape.tokens * -(-shape.prompts // min(shape.prompts, sets))  # of the set that has most
     part = -(-shape.heads // tp) / shape.heads
     work = 2.0 * shape.layer_weights * tokens * part / 1e12 / machine.tflops
-    reading = _BYTES * shape.layer_weights * part / memory
+    reading = _BYTES * shape.layer_weights * part / machine.memory
     summed = _SUM_BYTES * tokens * shape.width * 2 * (tp - 1) / tp / machine.link
-    sums = (2 * shape.layers + 1) * (machine.sum_latency_s + summed) if tp > 1 else 0.0
+    sums = (2 * shape.layers + 1) * (machine.encoder_sum_s + summed) if tp > 1 else 0.0
     sent = shape.prompts * (machine.latency_s + _BYTES * shape.tokens * shape.width / machine.link) if sets > 1 else 0.0
-    return max(work, reading) + sums + sent
+    return max(work, reading, shape.layers * machine.encoder_layer_s) + sums + sent
 
 
 def choose_encoder_shares(
@@ -86,7 +88,7 @@ def choose_encoder_shares(
             f"most {shape.heads}",
             param="tp_size",
         )
-    most = min(world_size, shape.heads, _machine(device)[0].gpus_per_host)
+    most = min(world_size, shape.heads, _machine(device).gpus_per_host)
     sizes = [size for size in range(1, most + 1) if world_size % size == 0] if wanted is None else [wanted]
     found = [_best(shape, size, world_size, device) for size in sizes]
     alone = encode_seconds(shape, EncoderShares(), device)
@@ -111,6 +113,6 @@ def explain_encoder(
     return f"tp {chosen.tp}: {why}{prompts}; {held:.2f} GB of text encoder a rank, {time:,.3f} ms (one rank {one:,.3f})"
 
 
-def _machine(device: str) -> tuple[Machine, float]:
-    """What a prediction assumes of a device type, and the bytes per second at which one rank reads its memory."""
-    return (H200, 3.0e12) if device == "cuda" else (CPU, 10e9)
+def _machine(device: str) -> Machine:
+    """What a prediction assumes of a device type."""
+    return H200 if device == "cuda" else CPU

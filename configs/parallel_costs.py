@@ -1,9 +1,10 @@
 """Seconds per denoising step over several GPUs, predicted from a model's numbers.
 
-Compute: the profile's TFLOP at measured rates, of the rank with the most tokens and heads. Communication: the bytes
-of `traffic` over the slowest link in each group. Ulysses' exchanges and the gathering at the end wait; a ring's
-chunks travel while attention computes, and cost what does not fit behind it, and passes over memory that pack the
-chunks and merge the partial results. Against the clock: docs/benchmarks/parallel.md.
+Compute: the profile's TFLOP at measured rates, of the rank with the most tokens and heads. Matrices that only text
+meets are read whole by every rank, and a few rows take as long as the reading. Communication: the bytes of `traffic`
+over the slowest link in each group. Ulysses' exchanges and the gathering at the end wait; a ring's chunks travel while
+attention computes, and cost what does not fit behind it, and passes over memory that pack the chunks and merge the
+partial results. Against the clock: docs/benchmarks/parallel.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 from safelight.configs.parallel import Degrees
 from safelight.configs.traffic import StepShape, shares, step_traffic
+
+_WEIGHT_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,15 @@ class Machine:
     latency_s: float = 30e-6  # of one all-to-all, or one turn of a ring, beside its bytes
     peer_link: float = 0.0  # of stores into a peer's memory, on one host; 0: there are none
     peer_latency_s: float = 0.0  # of the barrier behind them
-    sum_latency_s: float = 30e-6  # of one all-reduce
+    memory: float = 3.6e12  # bytes per second that one GPU reads
+    encoder_layer_s: float = 0.0  # of the host, which launches a text encoder's layer
+    encoder_sum_s: float = 0.0  # of one sum over ranks in a text encoder, its launch included, beside its bytes
     ring_s: float = 16e-12  # of a ring's passes, per value of a rank's queries and attention: packing, rounding
     ring_merge_s: float = 6.4e-12  # the same, per value and merged chunk
 
 
-# Everything from docs/benchmarks/parallel.md (two H200 by NVLink), but a sum's latency and the network, which are
-# assumed: 60 % of one 400 Gbit/s adapter a GPU.
+# Everything from docs/benchmarks/parallel.md (two H200 by NVLink), but memory and the network, which are assumed: three
+# quarters of 4.8 TB/s, 60 % of one 400 Gbit/s adapter a GPU.
 H200 = Machine(
     "H200",
     attention_tflops=560.0,
@@ -43,6 +48,8 @@ H200 = Machine(
     latency_s=28e-6,
     peer_link=345e9,
     peer_latency_s=13e-6,
+    encoder_layer_s=1.2e-3,
+    encoder_sum_s=0.5e-3,
 )
 
 
@@ -70,6 +77,8 @@ def predict(shape: StepShape, step_tflop: float, degrees: Degrees, machine: Mach
     heads = shares(shape.heads, degrees.ulysses)[0] / shape.heads
     attention_s = attention * part * chunk * heads / machine.attention_tflops
     other_s = (step_tflop - attention) * part * share / machine.tflops
+    read_s = _WEIGHT_BYTES * shape.text_weights / machine.memory
+    other_s += branches * max(0.0, read_s - 2e-12 * shape.text_weights * shape.text * share / machine.tflops)
     most = max((step_traffic(shape, degrees, rank) for rank in range(degrees.world_size)), key=lambda t: t.total)
     wide = _bandwidth(degrees.sp, machine)
     exposed = most.gather / wide + most.cfg / _bandwidth(degrees.world_size, machine)

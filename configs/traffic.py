@@ -24,6 +24,8 @@ class StepShape:
     batch: int = 1
     branches: int = 2
     item_bytes: int = 2  # of an activation
+    text: int = 0  # of the tokens, those that have matrices of their own
+    text_weights: int = 0  # values of these matrices, all layers
 
 
 @dataclass(frozen=True, slots=True)

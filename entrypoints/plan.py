@@ -12,6 +12,7 @@ from safelight.configs.families import FAMILIES, ModelSpec, identify
 from safelight.configs.options import did_you_mean
 from safelight.configs.parallel import WantedDegrees, choose_degrees, explain
 from safelight.configs.parallel_costs import H200, Prediction, predict
+from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.traffic import StepShape
 from safelight.runtime import hub
 from safelight.runtime.errors import ConfigError
@@ -35,23 +36,31 @@ def find_model(name: str) -> ModelSpec:
     raise ConfigError(f"--plan: no directory and no known model {name!r}{did_you_mean(name, known)}", param="plan")
 
 
+def step_shape(spec: ModelSpec, params: SamplingParams) -> StepShape:
+    """What the cost model needs of one step with these complete parameters."""
+    family = FAMILIES[spec.family]
+    profile, attention = family.profile(spec, params), family.attention_of(spec)
+    _, frames, rows, columns = profile.latent_shape
+    return StepShape(
+        tokens=profile.tokens + attention.joint_text,
+        heads=attention.heads,
+        head_dim=attention.head_dim,
+        layers=attention.layers,
+        prediction_channels=profile.latent_shape[0] * (frames * rows * columns // profile.tokens),
+        branches=2 if family.guided_by_default(spec) else 1,
+        text=attention.joint_text if attention.text_weights else 0,
+        text_weights=attention.text_weights,
+    )
+
+
 def show(name: str, num_gpus: int, as_json: bool) -> None:
     """Prints the plan of a model at its default size. Raises ConfigError and ModelError."""
     spec = find_model(name)
     family = FAMILIES[spec.family]
     if not family.capabilities.spans_ranks:
         raise ConfigError(f"--plan: {spec.variant} runs on one GPU; --replicas makes several of it", param="plan")
-    profile, attention = family.profile(spec, spec.defaults), family.attention_of(spec)
-    guided, heads = family.guided_by_default(spec), attention.heads
-    patch = profile.latent_shape[1] * profile.latent_shape[2] * profile.latent_shape[3] // profile.tokens
-    shape = StepShape(
-        tokens=profile.tokens + attention.joint_text,
-        heads=heads,
-        head_dim=attention.head_dim,
-        layers=attention.layers,
-        prediction_channels=profile.latent_shape[0] * patch,
-        branches=2 if guided else 1,
-    )
+    profile, shape = family.profile(spec, spec.defaults), step_shape(spec, spec.defaults)
+    guided, heads = family.guided_by_default(spec), shape.heads
     wanted = WantedDegrees(num_gpus, num_gpus)
     degrees, alone = choose_degrees(wanted, heads, guided), WantedDegrees(1, 1).layouts()[0]
     cost = profile.phases[0].step_cost

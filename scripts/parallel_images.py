@@ -18,7 +18,7 @@ from safelight.configs.families import FAMILIES
 from safelight.configs.parallel_costs import H200, predict
 from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.traffic import StepShape, step_traffic
-from safelight.entrypoints.plan import find_model
+from safelight.entrypoints.plan import find_model, step_shape
 from safelight.runtime.pipelines.ahead import ROWS
 from safelight.runtime.pipelines.forward_graphs import forward_graphs
 from safelight.runtime.pipelines.protocol import DenoiseState
@@ -28,21 +28,11 @@ IMAGE_SIZES = ("1024", "2048")
 TINY_SIDE = 96
 
 
-def step_shape(model: str, side: int) -> tuple[StepShape, float]:
+def step_of(model: str, side: int) -> tuple[StepShape, float]:
     """What the cost model needs of one step, and its TFLOP (of the published model)."""
     spec = find_model(model)
-    family = FAMILIES[spec.family]
     params = SamplingParams(height=side, width=side).merged_over(spec.defaults)
-    profile, attention = family.profile(spec, params), family.attention_of(spec)
-    shape = StepShape(
-        tokens=profile.tokens + attention.joint_text,
-        heads=attention.heads,
-        head_dim=attention.head_dim,
-        layers=attention.layers,
-        prediction_channels=profile.latent_shape[0] * 4,
-        branches=2 if family.guided_by_default(spec) else 1,
-    )
-    return shape, profile.phases[0].step_cost
+    return step_shape(spec, params), FAMILIES[spec.family].profile(spec, params).phases[0].step_cost
 
 
 def images(world: World, case: Case) -> dict[str, Any]:
@@ -50,7 +40,7 @@ def images(world: World, case: Case) -> dict[str, Any]:
     layout's prediction is from that of the rank alone, on the rank where it is farthest."""
     settings, degrees = world.settings, case.degrees
     side = TINY_SIDE if settings.tiny else int(case.size)
-    shape, tflop = step_shape(case.model, side)
+    shape, tflop = step_of(case.model, side)
     if degrees.cfg > shape.branches:
         return {"skipped": f"{case.model} makes one prediction a step; there is nothing to split"}
     bench = world.keep(f"{case.model} {side}", lambda: _bench(world, case, side))

@@ -62,6 +62,7 @@ class AttentionShape:
     head_dim: int
     layers: int
     joint_text: int = 0  # text tokens in the same sequence as the picture's (JointShare); 0: cross-attention
+    text_weights: int = 0  # values of the matrices that only text tokens meet
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,8 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
 def attention(spec: ModelSpec) -> AttentionShape:
     """Text and image tokens attend to each other in every block."""
     c = {name: int(value) for name, value in spec.transformer.items() if isinstance(value, int)}
-    layers = c["num_layers"] + c["num_single_layers"]
-    return AttentionShape(c["num_attention_heads"], c["attention_head_dim"], layers, text_tokens(spec))
+    heads, dim, layers = c["num_attention_heads"], c["attention_head_dim"], c["num_layers"] + c["num_single_layers"]
+    return AttentionShape(heads, dim, layers, text_tokens(spec), 12 * (heads * dim) ** 2 * c["num_layers"])
 
 
 def encoder(spec: ModelSpec) -> EncoderShape:

@@ -77,9 +77,11 @@ def profile(spec: ModelSpec, params: SamplingParams) -> JobProfile:
 
 def attention(spec: ModelSpec) -> AttentionShape:
     """Text, the result and at least one picture to edit are one sequence."""
-    c = {name: int(spec.transformer[name]) for name in ("num_attention_heads", "attention_head_dim", "num_layers")}
+    heads, dim, layers = (
+        int(spec.transformer[name]) for name in ("num_attention_heads", "attention_head_dim", "num_layers")
+    )
     beside = TYPICAL_TEXT + spec.images[0] * (seen_tokens(spec) + kept_area(spec) // (SPATIAL * PATCH) ** 2)
-    return AttentionShape(c["num_attention_heads"], c["attention_head_dim"], c["num_layers"], beside)
+    return AttentionShape(heads, dim, layers, beside, 12 * (heads * dim) ** 2 * layers)
 
 
 def encoder(spec: ModelSpec) -> EncoderShape:

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safelight.configs.families import FAMILIES
 from safelight.configs.parallel import Degrees, WantedDegrees
 from safelight.configs.parallel_costs import H200, predict
+from safelight.configs.sampling_params import SamplingParams
 from safelight.configs.traffic import StepShape, step_traffic, whole_text_traffic
-from safelight.entrypoints.plan import find_model, show
+from safelight.entrypoints.plan import find_model, show, step_shape
 from safelight.runtime.errors import ConfigError
 
 WAN_1_3B = StepShape(tokens=32760, heads=12, head_dim=128, layers=30, prediction_channels=64)
@@ -30,6 +32,41 @@ def test_one_gpu_takes_what_was_measured() -> None:
 def test_two_gpus_take_what_was_measured(degrees: tuple[int, int, int], measured_ms: float) -> None:
     """docs/benchmarks/parallel.md: Wan 1.3B at 480p on two H200."""
     assert predict(WAN_1_3B, TFLOP, Degrees(*degrees), H200).seconds == pytest.approx(measured_ms / 1e3, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "degrees", "measured_ms", "within"),
+    [
+        ("FLUX.1-dev", 1024, (1, 1, 1), 122.4, 0.04),
+        ("FLUX.1-dev", 1024, (1, 1, 2), 70.0, 0.04),
+        ("FLUX.1-dev", 1024, (1, 2, 1), 77.6, 0.08),
+        ("FLUX.1-dev", 2048, (1, 1, 2), 368.7, 0.04),
+        ("Qwen-Image", 1024, (1, 1, 1), 235.8, 0.04),
+        ("Qwen-Image", 1024, (2, 1, 1), 121.0, 0.04),
+        ("Qwen-Image", 1024, (1, 1, 2), 137.6, 0.06),
+        ("Qwen-Image", 1024, (1, 2, 1), 155.9, 0.12),
+        ("Qwen-Image", 2048, (1, 1, 2), 784.8, 0.04),
+    ],
+)
+def test_pictures_take_what_was_measured(
+    model: str, side: int, degrees: tuple[int, int, int], measured_ms: float, within: float
+) -> None:
+    """docs/benchmarks/parallel.md: two H200."""
+    spec = find_model(model)
+    params = SamplingParams(height=side, width=side).merged_over(spec.defaults)
+    cost = FAMILIES[spec.family].profile(spec, params).phases[0].step_cost
+    predicted = predict(step_shape(spec, params), cost, Degrees(*degrees), H200).seconds
+    assert predicted == pytest.approx(measured_ms / 1e3, rel=within)
+
+
+@given(st.integers(1, 4096), st.sampled_from(WantedDegrees(8, 8).layouts()))
+def test_matrices_that_only_text_meets_are_read_whole_by_every_rank(text: int, degrees: Degrees) -> None:
+    shape = StepShape(tokens=4096 + text, heads=24, head_dim=128, layers=60, prediction_channels=64)
+    own = replace(shape, text=text, text_weights=6_800_000_000)
+    more = predict(own, 100.0, degrees, H200).seconds - predict(shape, 100.0, degrees, H200).seconds
+    read = 2 * own.text_weights / H200.memory * own.branches / degrees.cfg
+    assert 0 <= more <= read
+    assert more > 0 or text / degrees.sp > 100
 
 
 def test_stores_into_peers_memory_are_faster_than_messages_and_end_at_the_host() -> None:
