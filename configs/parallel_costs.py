@@ -37,7 +37,7 @@ class Machine:
     ring_merge_s: float = 6.4e-12  # the same, per value and merged chunk
 
 
-# Everything from docs/benchmarks/parallel.md (two H200 by NVLink), but memory and the network, which are assumed: three
+# All from docs/benchmarks/parallel.md and docs/parallelism.md (two H200), but memory and the network, assumed: three
 # quarters of 4.8 TB/s, 60 % of one 400 Gbit/s adapter a GPU.
 H200 = Machine(
     "H200",

@@ -66,7 +66,7 @@ def test_gpus_share_prompts_whose_arithmetic_is_longer_than_launching_it(tokens:
 def test_two_gpus_take_what_was_measured(
     width: int, keys: int, d_ff: int, layers: int, measured_ms: tuple[float, float, float]
 ) -> None:
-    """docs/benchmarks/parallel.md: UMT5-XXL and Qwen2.5-VL, whole on every rank (two figures) and split, which vary by
+    """docs/parallelism.md: UMT5-XXL and Qwen2.5-VL, whole on every rank (two figures) and split, which vary by
     half."""
     shape = EncoderShape(layers, 4, width, width, d_ff, 1000, keys=keys)
     least, most, split = measured_ms
